@@ -1,0 +1,18 @@
+"""The embedded cohorts: small, deterministic, generated on the user's machine, no download."""
+
+from __future__ import annotations
+
+from pipelines.phantoms.anatomy import Anatomy, Pose, head_anatomy
+from pipelines.phantoms.head import HeadSubject, head_subject, write_head_cohort
+from pipelines.phantoms.lesions import draw_lesion_load, random_lesions
+
+__all__ = [
+    "Anatomy",
+    "HeadSubject",
+    "Pose",
+    "draw_lesion_load",
+    "head_anatomy",
+    "head_subject",
+    "random_lesions",
+    "write_head_cohort",
+]

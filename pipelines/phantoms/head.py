@@ -1,0 +1,217 @@
+"""The embedded head cohort: T1w, T2w, FLAIR and CT of heads with lesions, generated, with labels that are exact.
+
+Subject k of seed s is the same, bit for bit, whenever and with whatever other modalities it is made: pose, lesions,
+tissues and each modality draw from generators of their own. Nothing is downloaded and nothing is resampled after the
+lesions are placed. Images hold whole numbers, as a scanner stores them.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.phantoms.anatomy import Anatomy, head_anatomy, random_pose
+from pipelines.phantoms.lesions import random_lesions
+from pipelines.phantoms.signal import (
+    MODALITIES,
+    TISSUES,
+    Tissue,
+    bias_field,
+    rician_noise,
+    tissue_image,
+    tissue_signal,
+    varied_tissues,
+)
+from transforms.errors import ResourceError, UsageError
+
+MR_NOISE = 0.04
+CT_NOISE_HU = 4.0
+MR_WHITE = 400.0
+_GAIN_LOG_SD = 0.25
+_CT_RANGE_HU = (-1024, 3071)
+
+
+@dataclass(frozen=True)
+class HeadSubject:
+    """One generated subject.
+
+    Attributes:
+        subject: ``head_000``, ``head_001``, ...
+        images: modality -> (X, Y, Z) float32 of whole numbers; ``ct`` in HU, the others in arbitrary units.
+        lesion: (X, Y, Z) uint8, 1 exactly where lesion tissue was placed.
+        brain: (X, Y, Z) uint8.
+        bone: (X, Y, Z) uint8, disjoint from ``brain``; empty without skull.
+        affine: (4, 4), RAS, voxel indices to mm.
+        lesion_volume_ml: volume of ``lesion`` in mL.
+        source: ``mni152`` or ``ellipsoid``.
+    """
+
+    subject: str
+    images: dict[str, NDArray[np.float32]]
+    lesion: NDArray[np.uint8]
+    brain: NDArray[np.uint8]
+    bone: NDArray[np.uint8]
+    affine: NDArray[np.float64]
+    lesion_volume_ml: float
+    source: str
+
+
+def head_subject(
+    seed: int,
+    subject_index: int,
+    spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),
+    modalities: Sequence[str] = MODALITIES,
+    source: str = "auto",
+    skull: bool = True,
+) -> HeadSubject:
+    """Generate one subject.
+
+    MR: a bias field of +-20 % in the brain, a gain that differs from subject to subject, and Rician noise of 4 % of the
+    white matter signal (BrainWeb's definition of percent noise). CT: Gaussian noise of 4 HU.
+
+    Args:
+        seed: of the cohort.
+        subject_index: within the cohort.
+        spacing_mm: voxel size, as in ``head_anatomy``.
+        modalities: any of ``t1``, ``t2``, ``flair``, ``ct``.
+        source: ``mni152``, ``ellipsoid`` or ``auto``.
+        skull: False leaves the brain alone in air.
+
+    Raises:
+        UsageError: an argument is out of its range, or nilearn is missing for ``mni152``.
+    """
+    _check_modalities(modalities)
+    if seed < 0 or subject_index < 0:
+        raise UsageError(
+            f"head phantom, seed {seed}, subject {subject_index}", "both must be 0 or more", "choose others"
+        )
+    streams = np.random.SeedSequence([seed, subject_index]).spawn(3 + len(MODALITIES))
+    for_pose, for_lesions, for_tissues, *for_images = (np.random.default_rng(stream) for stream in streams)
+    anatomy = head_anatomy(spacing_mm, source, random_pose(for_pose), skull)
+    lesion_fraction = random_lesions(anatomy, for_lesions)
+    diseased = with_lesions(anatomy, lesion_fraction)
+    tissues = varied_tissues(for_tissues)
+    generators = dict(zip(MODALITIES, for_images, strict=True))
+    label = (lesion_fraction > 0.5).astype(np.uint8)
+    return HeadSubject(
+        subject=f"head_{subject_index:03d}",
+        images={modality: _image(modality, diseased, tissues, generators[modality]) for modality in modalities},
+        lesion=label,
+        brain=anatomy.brain.astype(np.uint8),
+        bone=anatomy.bone.astype(np.uint8),
+        affine=anatomy.affine,
+        lesion_volume_ml=float(label.sum()) * anatomy.voxel_volume_ml,
+        source=anatomy.source,
+    )
+
+
+def with_lesions(anatomy: Anatomy, lesion_fraction: NDArray[np.float32]) -> Anatomy:
+    """Return ``anatomy`` with the tissue ``lesion``, which takes its share of a voxel from the tissues there."""
+    fractions = {tissue: fraction * (1 - lesion_fraction) for tissue, fraction in anatomy.fractions.items()}
+    return replace(anatomy, fractions={**fractions, "lesion": lesion_fraction})
+
+
+def write_head_cohort(
+    folder: str | Path,
+    subjects: int = 12,
+    spacing_mm: Sequence[float] = (2.0, 2.0, 2.0),
+    seed: int = 0,
+    modalities: Sequence[str] = ("flair", "t1", "t2"),
+    source: str = "auto",
+    skull: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Path]:
+    """Write a cohort as ``<folder>/<subject>/{<modality>,lesion,brain}.nii.gz``, and ``bone.nii.gz`` beside a ``ct``.
+
+    Images are int16 (CT in HU), masks uint8, all in mm. Two calls with the same arguments write the same bytes. The
+    folder appears complete or not at all.
+
+    Args:
+        folder: must not exist, or be empty.
+        subjects: how many, named head_000, head_001, ...
+        spacing_mm: voxel size, as in ``head_anatomy``.
+        seed: of the cohort.
+        modalities: any of ``t1``, ``t2``, ``flair``, ``ct``.
+        source: ``mni152``, ``ellipsoid`` or ``auto``.
+        skull: False leaves the brain alone in air.
+        progress: called with (subjects written, subjects in all) after each subject.
+
+    Returns:
+        The subjects' folders.
+
+    Raises:
+        UsageError: the folder is not empty or an argument is out of its range.
+        ResourceError: the files cannot be written.
+    """
+    folder = Path(folder)
+    _check_modalities(modalities)
+    if subjects < 1:
+        raise UsageError(
+            f"head cohort {folder}, subjects {subjects}", "a cohort needs at least one", "ask for 1 or more"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(
+            f"head cohort {folder}", "it exists and is not an empty folder", "remove it or choose another folder"
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+            partial = Path(scratch, "cohort")
+            for index in range(subjects):
+                _write_subject(partial, head_subject(seed, index, spacing_mm, modalities, source, skull))
+                if progress:
+                    progress(index + 1, subjects)
+            os.replace(partial, folder)
+    except OSError as error:
+        raise ResourceError(
+            f"head cohort {folder}", f"cannot write: {error}", "check disk space and permissions"
+        ) from error
+    return sorted(folder.iterdir())
+
+
+def _check_modalities(modalities: Sequence[str]) -> None:
+    unknown = [m for m in modalities if m not in MODALITIES]
+    if unknown or not modalities or len(set(modalities)) < len(modalities):
+        raise UsageError(
+            f"head phantom, modalities {list(modalities)}",
+            f"expected different ones of {', '.join(MODALITIES)}",
+            "correct the list",
+        )
+
+
+def _image(
+    modality: str, anatomy: Anatomy, tissues: dict[str, Tissue], rng: np.random.Generator
+) -> NDArray[np.float32]:
+    signals = {name: tissue_signal(modality, tissue) for name, tissue in tissues.items()}
+    clean = tissue_image(anatomy.fractions, signals)
+    if modality == "ct":
+        noisy = clean + CT_NOISE_HU * rng.standard_normal(clean.shape)
+        return np.clip(np.rint(noisy), *_CT_RANGE_HU).astype(np.float32)
+    white = tissue_signal(modality, TISSUES["white"])
+    gain = MR_WHITE / white * np.exp(_GAIN_LOG_SD * rng.standard_normal())
+    received = gain * clean * bias_field(anatomy.brain, rng)
+    return np.rint(rician_noise(received, MR_NOISE * gain * white, rng)).astype(np.float32)
+
+
+def _write_subject(cohort: Path, subject: HeadSubject) -> None:
+    folder = cohort / subject.subject
+    folder.mkdir(parents=True)
+    arrays: dict[str, NDArray[np.generic]] = {
+        modality: image.astype(np.int16) for modality, image in subject.images.items()
+    }
+    arrays |= {"lesion": subject.lesion, "brain": subject.brain}
+    if "ct" in arrays:
+        arrays["bone"] = subject.bone
+    for name, array in arrays.items():
+        image = nib.Nifti1Image(array, subject.affine)
+        image.header.set_xyzt_units("mm")
+        with open(folder / f"{name}.nii.gz", "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed:
+            packed.write(image.to_bytes())
