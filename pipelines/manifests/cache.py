@@ -1,0 +1,220 @@
+"""A cache of preprocessed cases that can never be stale.
+
+The key of an entry is a digest of everything that decides its content: the sha256 of every file of the case, the label
+table, and the deterministic chain (classes, arguments, source code and library versions). Change one, and another
+entry is made; nothing is ever compared by name or time. Arrays are stored as plain ``.npy`` and read by memory map, so that
+a random patch costs only its own voxels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose, Randomizable
+
+from transforms.errors import BundleError, DataError, ResourceError
+
+_LIBRARIES = ("monai", "nibabel", "numpy", "scipy", "scikit-image", "SimpleITK", "torch")
+_UNSEEN_ATTRIBUTES = {"R"}  # random states of transforms that are not used as random ones
+
+
+def chain_digest(chain: Any) -> str:
+    """Return the sha256 of a deterministic transform chain: classes, their state, their source and the libraries' versions.
+
+    Raises:
+        BundleError: the chain draws random numbers, or holds a value that cannot be described.
+    """
+    return _sha256({"chain": _describe(chain), "libraries": {name: version(name) for name in _LIBRARIES}})
+
+
+def item_digest(item: Mapping[str, Any]) -> str:
+    """Return the sha256 of what a case contributes: its files' digests, channels and label values; never paths or dates."""
+    if not item.get("digests"):
+        raise DataError(
+            f"case {item.get('case', '')}: no file digests",
+            "the cache is keyed by content and the item carries none",
+            "load the case from a manifest made by `fiducial manifest import`",
+        )
+    return _sha256({key: item.get(key) for key in ("case", "digests", "channels", "label_values")})
+
+
+@dataclass(frozen=True)
+class CachedCase:
+    """A preprocessed case on disk: arrays by memory map, everything else in memory."""
+
+    folder: Path
+    values: dict[str, Any]
+    arrays: dict[str, dict[str, Any]]
+
+    def array(self, key: str) -> np.ndarray:
+        """Return a read-only memory map of one array (C, *spatial)."""
+        return np.load(self.folder / f"{key}.npy", mmap_mode="r")
+
+    def affine(self, key: str) -> torch.Tensor | None:
+        """Return the affine (4, 4) of one array, or None if it has none."""
+        affine = self.arrays[key]["affine"]
+        return None if affine is None else torch.tensor(affine, dtype=torch.float64)
+
+    def whole(self) -> dict[str, Any]:
+        """Return the case as the chain returned it: every array in memory, with its affine."""
+        return {**self.values, **{key: self.crop(key, None) for key in self.arrays}}
+
+    def crop(self, key: str, window: tuple[slice, ...] | None) -> torch.Tensor:
+        """Return a copy of one array, or of a window of it (slices over the spatial axes), as a tensor with its affine."""
+        source = self.array(key)
+        values = torch.from_numpy(np.array(source if window is None else source[(slice(None), *window)]))
+        affine = self.affine(key)
+        if affine is None:
+            return values
+        if window is not None:
+            affine = affine.clone()
+            affine[:3, 3] += affine[:3, :3] @ torch.tensor([float(s.start) for s in window], dtype=torch.float64)
+        return MetaTensor(values, affine=affine)
+
+
+class CaseCache:
+    """Preprocess cases once, keep them by content.
+
+    Args:
+        folder: where entries lie; shared by any number of runs and processes (an entry appears complete or not at all).
+        chain: the deterministic transforms, from paths to arrays.
+        finish: called once on the chain's result, to add arrays that readers need (for instance centres of patches).
+    """
+
+    def __init__(self, folder: str | Path, chain: Callable, finish: Callable[[dict], dict] | None = None) -> None:
+        self.folder = Path(folder)
+        self.chain = chain
+        self.finish = finish
+        self.digest = _sha256([chain_digest(chain), _describe(finish)])
+
+    def get(self, item: Mapping[str, Any]) -> CachedCase:
+        """Return the preprocessed case, making it first if nobody has.
+
+        Raises:
+            DataError: the case cannot be read.
+            ResourceError: the cache cannot be written.
+        """
+        entry = self.folder / _sha256([self.digest, item_digest(item)])
+        if not (entry / "entry.json").is_file():
+            self._build(dict(item), entry)
+        content = json.loads((entry / "entry.json").read_text())
+        return CachedCase(entry, {**content["values"], "case": item["case"]}, content["arrays"])
+
+    def _build(self, item: dict[str, Any], entry: Path) -> None:
+        data = self.chain(item)
+        if self.finish is not None:
+            data = self.finish(data)
+        working = entry.with_name(f".{entry.name}.{uuid.uuid4().hex}")
+        try:
+            working.mkdir(parents=True)
+            _write_entry(data, working)
+            working.replace(entry)
+        except OSError as problem:
+            shutil.rmtree(working, ignore_errors=True)
+            if not (entry / "entry.json").is_file():  # otherwise another process was quicker, and its entry is ours
+                raise ResourceError(
+                    f"cache {self.folder}: case {item.get('case', '')} cannot be stored",
+                    str(problem),
+                    "free some space or choose another folder with cache_dir",
+                ) from problem
+
+
+def _write_entry(data: Mapping[str, Any], folder: Path) -> None:
+    arrays: dict[str, dict[str, Any]] = {}
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, (torch.Tensor, np.ndarray)):
+            affine = value.affine.tolist() if isinstance(value, MetaTensor) else None
+            plain = value.as_tensor() if isinstance(value, MetaTensor) else value
+            np.save(folder / f"{key}.npy", np.ascontiguousarray(plain))
+            arrays[key] = {"affine": affine}
+        elif _is_plain(value):
+            values[key] = value
+    (folder / "entry.json").write_text(json.dumps({"arrays": arrays, "values": values}))
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _describe(value: Any) -> Any:
+    """Return a JSON-able description of a transform or an argument, equal exactly where behaviour is equal."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return repr(value)
+    if isinstance(value, Enum):
+        return [type(value).__qualname__, str(value.value)]
+    if isinstance(value, Mapping):
+        return {"map": sorted(([_describe(k), _describe(v)] for k, v in value.items()), key=json.dumps)}
+    if isinstance(value, (set, frozenset)):
+        return {"set": sorted((_describe(v) for v in value), key=json.dumps)}
+    if isinstance(value, Sequence):
+        return [_describe(v) for v in value]
+    if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
+        return {"array": np.asarray(value).tolist(), "dtype": str(value.dtype)}
+    if isinstance(value, (torch.dtype, torch.device, np.dtype, Path)):
+        return str(value)
+    if isinstance(value, type) or inspect.isroutine(value):
+        return {"name": f"{value.__module__}.{value.__qualname__}", "source": _source_digest(inspect.getmodule(value))}
+    return _describe_object(value)
+
+
+def _describe_object(value: Any) -> Any:
+    if isinstance(value, Randomizable) and not isinstance(value, Compose):
+        raise BundleError(
+            f"{type(value).__name__} stands in the deterministic chain",
+            "it draws random numbers, so its result cannot be cached",
+            "move it to the random transforms of training",
+        )
+    if not hasattr(value, "__dict__"):
+        raise BundleError(
+            f"{type(value).__name__} in the deterministic chain cannot be described",
+            "its state decides the cached values and cannot be read",
+            "use a class with plain attributes",
+        )
+    state = {
+        k: _describe(v) for k, v in vars(value).items() if k not in _UNSEEN_ATTRIBUTES and not _is_method(v, value)
+    }
+    kind = type(value)
+    return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "source": _source_digest(inspect.getmodule(kind)),
+        "state": sorted(state.items()),
+    }
+
+
+def _is_method(value: Any, owner: Any) -> bool:
+    return getattr(value, "__self__", None) is owner
+
+
+@cache
+def _source_digest(module: Any) -> str | None:
+    """Return the digest of the module's file; libraries are known by their version."""
+    name = getattr(module, "__name__", "").split(".")[0]
+    file = getattr(module, "__file__", None)
+    if file is None or name in {library.replace("-", "_") for library in _LIBRARIES}:
+        return None
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
