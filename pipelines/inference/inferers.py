@@ -1,0 +1,98 @@
+"""Inferers that wrap one another: windows over a volume, arithmetic of the run, averaging over flips.
+
+Each is a MONAI ``Inferer`` and takes another one, so that a bundle composes them in its configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain, combinations
+from typing import Any
+
+import torch
+from monai.inferers import Inferer, SimpleInferer
+
+from transforms.errors import BundleError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_precision(name: str, device: torch.device | str) -> str:
+    """Return the arithmetic of the network's forward pass: ``fp32``, ``bf16`` or ``fp16``.
+
+    ``auto`` takes bf16 where the hardware multiplies it natively (CPU with AVX-512 BF16 or AMX; GPU of compute capability
+    8 or more), fp16 on an older GPU, else fp32: on a CPU that only emulates bf16 it costs time and gains nothing.
+
+    Raises:
+        BundleError: an unknown name, or fp16 on a CPU (no scaled gradients there).
+    """
+    kind = torch.device(device).type
+    if name == "auto":
+        if kind == "cuda":
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return "bf16" if kind == "cpu" and _cpu_multiplies_bf16() else "fp32"
+    if name not in PRECISIONS:
+        raise BundleError(f"precision {name!r}", f"expected auto, {', '.join(PRECISIONS)}", "correct precision")
+    if name == "fp16" and kind == "cpu":
+        raise BundleError("precision fp16 on a CPU", "half precision needs a GPU", "use bf16, fp32 or auto")
+    return name
+
+
+def _cpu_multiplies_bf16() -> bool:
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return torch.backends.mkldnn.is_available() and any(getattr(torch.cpu, p, lambda: False)() for p in probes)
+
+
+class AutocastInferer(Inferer):
+    """Run another inferer with the network in reduced precision; the result is float32.
+
+    Args:
+        precision: ``fp32``, ``bf16`` or ``fp16`` (see ``choose_precision``).
+        inferer: the inferer to wrap; by default the network is called once on the whole input.
+    """
+
+    def __init__(self, precision: str, inferer: Inferer | None = None) -> None:
+        super().__init__()
+        if precision not in PRECISIONS:
+            raise BundleError(f"precision {precision!r}", f"expected {', '.join(PRECISIONS)}", "use choose_precision")
+        self.dtype = PRECISIONS[precision]
+        self.inferer = inferer or SimpleInferer()
+
+    def __call__(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.dtype == torch.float32:
+            return self.inferer(inputs, network, *args, **kwargs)
+
+        def in_reduced_precision(window: torch.Tensor, *a: Any, **k: Any) -> torch.Tensor:
+            with torch.autocast(window.device.type, dtype=self.dtype):
+                return network(window, *a, **k).float()
+
+        return self.inferer(inputs, in_reduced_precision, *args, **kwargs)
+
+
+class FlipAveragingInferer(Inferer):
+    """Class probabilities, averaged over mirrored copies of the image (test-time augmentation).
+
+    Args:
+        inferer: gives logits (B, K, *spatial) for an image (B, C, *spatial).
+        axes: spatial axes that may be mirrored; every subset is used, so n axes cost 2^n passes. () = one pass.
+
+    Returns:
+        Probabilities (B, K, *spatial) float32: softmax over K, or sigmoid where K is 1.
+    """
+
+    def __init__(self, inferer: Inferer, axes: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.inferer = inferer
+        self.axes = tuple(int(axis) for axis in axes)
+
+    def __call__(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+        subsets = list(chain.from_iterable(combinations(self.axes, n) for n in range(len(self.axes) + 1)))
+        total: torch.Tensor | None = None
+        for subset in subsets:
+            dims = [axis + 2 for axis in subset]
+            logits = self.inferer(torch.flip(inputs, dims), network, *args, **kwargs).float()
+            single = torch.sigmoid(logits) if logits.shape[1] == 1 else torch.softmax(logits, dim=1)
+            single = torch.flip(single, dims)
+            total = single if total is None else total.add_(single)
+        assert total is not None  # the empty subset is always there
+        return total / len(subsets)

@@ -1,0 +1,146 @@
+"""Dice for validation during training, with the same policy for empty masks as the final evaluation.
+
+MONAI's Dice handler turns an epoch in which no label occurred into 0.0 and NaN labels into nothing. Here a label that
+is absent from prediction and reference is left out and counted, a missed one is 0, and an epoch without any value is an
+error: the number that selects a checkpoint must exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine
+from ignite.metrics import Metric
+
+from transforms.errors import DataError, UsageError
+
+
+class ValidationDice(Metric):
+    """Mean foreground Dice for a MONAI evaluator: mean over cases for each label, then over the labels that occurred.
+
+    Use it as ``key_val_metric={"val_mean_dice": ValidationDice(labels)}``. Beside its own value it writes into
+    ``engine.state.metrics``, for each label name: ``dice_<name>`` (absent in an epoch in which the label has no value),
+    ``n_empty_<name>``, ``n_missed_<name>`` and ``n_false_alarm_<name>``. Counting runs on the tensors' device, and the
+    sums are added up over processes; there every case has to be given to one process only.
+
+    Args:
+        labels: value to name; 0 is background and not scored.
+        output_keys: keys of prediction and reference in every decollated output. Each is a label map (1, *spatial) or
+            one-hot (C, *spatial) with the value as channel index.
+
+    Raises:
+        UsageError: no foreground label.
+        DataError: in an epoch without any value, on different shapes, on values that are not whole numbers, on several
+            channels that are not one-hot, such as overlapping labels or logits.
+    """
+
+    def __init__(self, labels: Mapping[int, str], output_keys: tuple[str, str] = ("pred", "label")) -> None:
+        self.names = {int(value): name for value, name in labels.items() if int(value) != 0}
+        if not self.names:
+            raise UsageError(
+                f"ValidationDice: labels {dict(labels)}", "expected at least one label other than 0", "name the labels"
+            )
+        self.output_keys = output_keys
+        super().__init__(skip_unrolling=True)
+
+    def reset(self) -> None:
+        """Forget all cases."""
+        # Rows: sum of Dice, scored, empty, missed, false alarm. Columns: labels.
+        self._totals = torch.zeros(5, len(self.names), dtype=torch.float64)
+
+    def update(self, output: Sequence[Mapping[str, Any]]) -> None:
+        """Add one batch: a list of decollated cases."""
+        for item in output:
+            prediction, reference = (self._label_map(item, key) for key in self.output_keys)
+            if prediction.shape != reference.shape:
+                raise DataError(
+                    f"{_case_of(item)}: keys {self.output_keys[0]} and {self.output_keys[1]} differ in shape",
+                    f"{tuple(prediction.shape)} and {tuple(reference.shape)}",
+                    "validate on the grid of the label",
+                )
+            values = torch.tensor(list(self.names), device=prediction.device)
+            counts = torch.stack([_counts(prediction == v, reference == v) for v in values]).cpu().double()
+            self._totals += _scores(*counts.unbind(dim=1))
+
+    def compute(self) -> float:
+        """Return the mean foreground Dice over the cases since the last reset."""
+        totals = self._reduced()
+        scored = totals[1] > 0
+        if not scored.any():
+            raise DataError(
+                "validation: no case contributes to the mean Dice",
+                f"labels {list(self.names.values())} are absent from every prediction and reference "
+                f"({int(totals[2].max())} cases)",
+                "put at least one case with foreground into the validation split",
+            )
+        return float((totals[0, scored] / totals[1, scored]).mean())
+
+    def completed(self, engine: Engine, name: str) -> None:
+        """Write the mean under ``name``, and the figures of every label beside it."""
+        totals = self._reduced()
+        for label, (dice, scored, empty, missed, false_alarm) in zip(
+            self.names.values(), totals.T.tolist(), strict=True
+        ):
+            # A value of the epoch before must not stand in for one that is missing now.
+            engine.state.metrics.pop(f"dice_{label}", None)
+            if scored:
+                engine.state.metrics[f"dice_{label}"] = dice / scored
+            engine.state.metrics[f"n_empty_{label}"] = int(empty)
+            engine.state.metrics[f"n_missed_{label}"] = int(missed)
+            engine.state.metrics[f"n_false_alarm_{label}"] = int(false_alarm)
+        super().completed(engine, name)
+
+    def _reduced(self) -> torch.Tensor:
+        # all_reduce works in place, and this is asked for twice.
+        return idist.all_reduce(self._totals.clone())
+
+    def _label_map(self, item: Mapping[str, Any], key: str) -> torch.Tensor:
+        """Return the case's label map (*spatial)."""
+        array = torch.as_tensor(item[key])
+        array = array.as_tensor() if hasattr(array, "as_tensor") else array
+        if array.is_floating_point() and not torch.equal(array, array.trunc()):
+            raise DataError(
+                f"{_case_of(item)}: key {key} is not a label map",
+                "it has values that are not whole numbers",
+                "take the argmax of the network's output; resample labels by nearest neighbour",
+            )
+        if array.shape[0] == 1:
+            return array[0]
+        one_hot = bool(((array == 0) | (array == 1)).all()) and bool((array.sum(dim=0) == 1).all())
+        if not one_hot or array.shape[0] <= max(self.names):
+            raise DataError(
+                f"{_case_of(item)}: key {key} has {array.shape[0]} channels",
+                f"expected a label map (1, ...), or one-hot with the labels {sorted(self.names)} and background",
+                "add AsDiscreted(argmax=True) to the validation's postprocessing",
+            )
+        return array.argmax(dim=0)
+
+
+def _counts(prediction: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Return the voxels of the intersection, the prediction and the reference."""
+    return torch.stack([(prediction & reference).sum(), prediction.sum(), reference.sum()])
+
+
+def _scores(intersection: torch.Tensor, predicted: torch.Tensor, referenced: torch.Tensor) -> torch.Tensor:
+    """Return (5, labels) for one case: Dice (0 where empty), scored, empty, missed, false alarm."""
+    union = predicted + referenced
+    empty = union == 0
+    return torch.stack(
+        [
+            2 * intersection / union.clamp(min=1),
+            ~empty,
+            empty,
+            (referenced > 0) & (predicted == 0),
+            (referenced == 0) & (predicted > 0),
+        ]
+    )
+
+
+def _case_of(item: Mapping[str, Any]) -> str:
+    for value in item.values():
+        if "filename_or_obj" in getattr(value, "meta", {}):
+            return f"file {value.meta['filename_or_obj']}"
+    return f"case {item.get('case', 'unnamed')}"
