@@ -1,0 +1,41 @@
+# make demo   from nothing to a trained, measured and used bundle (about ten minutes on two cores)
+# make test   the whole test suite
+# make lint   ruff and mypy
+# make test-real DATA=folder   the short runs on real images
+# Each makes its own environment in .venv first. PYTHON chooses the interpreter (3.11 or newer).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: demo test lint format test-real clean
+
+demo: $(VENV)/installed-demo
+	$(BIN)/fiducial demo
+
+test: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-real: $(VENV)/installed-test
+	@test -n "$(DATA)" || { echo "usage: make test-real DATA=folder-of-real-images" >&2; exit 2; }
+	FIDUCIAL_REAL_DATA="$(abspath $(DATA))" $(BIN)/python -m pytest tests/real -s
+
+$(VENV)/installed-%: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo runs

@@ -1,0 +1,100 @@
+"""What every bundle does first, under MONAI's own command as under ours: explain errors, lint, fix the seeds.
+
+``initialize`` of each configuration calls ``begin()``. MONAI hands an expression no reference to the configuration that it
+stands in, so ``begin`` looks it up in the calling workflow; nothing else here depends on who started the run.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.utils import set_determinism
+
+from pipelines.manifests import Manifest
+from pipelines.preflight.configuration import lint
+from pipelines.training.run_folder import write_record
+from transforms.errors import BundleError, FiducialError, find_error
+
+logger = logging.getLogger(__name__)
+
+QUIET_LOGGERS = ("ignite", "monai.engines", "monai.bundle", "matplotlib", "PIL")
+
+
+def begin(seed: int = 0) -> None:
+    """Prepare a bundle's run: three-line errors, the lint, seeds of Python, NumPy and torch.
+
+    Raises:
+        UsageError, BundleError: from the lint.
+    """
+    explain_errors()
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    lint(calling_config())
+    set_determinism(seed=seed)
+
+
+def record_run(folder: str | Path, cohort: Manifest, **record: Any) -> None:
+    """Write the resolved configuration and the record of the run into its folder."""
+    data = {"manifest": str(cohort.path), "manifest_digest": cohort.digest, "cohort": cohort.name}
+    write_record(Path(folder), calling_config(), {**data, **record})
+
+
+def calling_config() -> Mapping[str, Any]:
+    """Return the configuration (macros and overrides resolved) of the bundle that is calling.
+
+    Raises:
+        BundleError: nobody up the stack is a MONAI workflow.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, ConfigWorkflow):
+            owner = owner.parser
+        if isinstance(owner, ConfigParser):
+            config = owner.get()
+            return {key: value for key, value in config.items() if key != "_meta_"}
+        frame = frame.f_back  # type: ignore[assignment]
+    raise BundleError(
+        "no bundle is running", "this is called from a bundle's configuration", "run it with monai.bundle"
+    )
+
+
+def explain_errors() -> None:
+    """Print an uncaught error as three lines and exit with its code, whoever started this process."""
+    sys.excepthook = _three_lines_and_code
+
+
+def _three_lines_and_code(kind: type[BaseException], exception: BaseException, trace: TracebackType | None) -> None:
+    sys.exit(report(exception, debug="--debug" in sys.argv))
+
+
+def report(exception: BaseException, debug: bool = False) -> int:
+    """Print an error in three lines to standard error, with a traceback only where asked, and return the exit code."""
+    if debug:
+        traceback.print_exception(exception)
+    error = find_error(exception)
+    if error is None:
+        if isinstance(exception, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+            return 130
+        root = _root_cause(exception)
+        error = FiducialError(
+            f"{type(root).__name__}: {str(root) or 'no message'}",
+            "nothing in Fiducial expected this",
+            "run `fiducial --debug ...` for the traceback, and report it if the input is sound",
+        )
+    print(error, file=sys.stderr)
+    return error.exit_code
+
+
+def _root_cause(exception: BaseException) -> BaseException:
+    while exception.__cause__ is not None:
+        exception = exception.__cause__
+    return exception

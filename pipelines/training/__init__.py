@@ -1,0 +1,49 @@
+"""Assembly of training and evaluation runs from MONAI's engines, and the folder in which a run explains itself."""
+
+from pipelines.training.averaging import averaged_network
+from pipelines.training.checkpoints import load_weights, read_contract, read_header, save_weights
+from pipelines.training.datasets import PatchDataset, VolumeDataset, crop_with_margin
+from pipelines.training.engines import (
+    device_of,
+    patch_loader,
+    supervised_trainer,
+    train,
+    training_inferer,
+    validator_or_none,
+)
+from pipelines.training.evaluation import CaseMetrics, ReportCases
+from pipelines.training.landmarks import read_landmarks
+from pipelines.training.run_folder import (
+    create_run,
+    find_checkpoint,
+    open_output,
+    prediction_folder,
+    refuse_existing_run,
+)
+from pipelines.training.validation import ValidationDice
+
+__all__ = [
+    "CaseMetrics",
+    "PatchDataset",
+    "ReportCases",
+    "ValidationDice",
+    "VolumeDataset",
+    "averaged_network",
+    "create_run",
+    "crop_with_margin",
+    "device_of",
+    "find_checkpoint",
+    "load_weights",
+    "open_output",
+    "patch_loader",
+    "prediction_folder",
+    "read_contract",
+    "read_header",
+    "read_landmarks",
+    "refuse_existing_run",
+    "save_weights",
+    "supervised_trainer",
+    "train",
+    "training_inferer",
+    "validator_or_none",
+]

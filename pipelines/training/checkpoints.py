@@ -1,0 +1,102 @@
+"""Weights on disk: safetensors that say in their own header what they are.
+
+A file holds the network's tensors and, as JSON in the header, its *contract*: modalities, labels, spacing, patch, and
+every other value with which alone the weights are valid. Evaluation and inference read the contract from the weights, so a
+network can never be run with another preprocessing than it was trained with. Loading executes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+
+from pipelines.files import write_atomically
+from transforms.errors import BundleError
+
+HEADER_KEY = "fiducial"
+
+
+def save_weights(network: torch.nn.Module, header: Mapping[str, Any], path: str | Path) -> None:
+    """Write the network's weights with ``header`` (JSON-able; must hold ``contract``), completely or not at all.
+
+    Raises:
+        ResourceError: the disk is full or the folder read-only.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in distinct_tensors(network).items()}
+    content = save(tensors, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
+    write_atomically(path, content)
+
+
+def distinct_tensors(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return parameters and buffers by name, each once: MONAI's DynUNet registers every block under two names."""
+    found: dict[int, str] = {}
+    state = network.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        found.setdefault(id(tensor), name)
+    return {name: state[name] for name in found.values()}
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """Return the header of a weights file: ``contract``, epoch, metric, manifest digest.
+
+    Raises:
+        BundleError: the file is missing, damaged, or was not written by Fiducial.
+    """
+    if not Path(path).is_file():
+        raise BundleError(
+            f"checkpoint {path}: no such file",
+            "there are no trained weights here",
+            "train first, or name the weights with --checkpoint",
+        )
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as problem:
+        raise BundleError(
+            f"checkpoint {path}: unreadable", str(problem), "the file is damaged: take another checkpoint of the run"
+        ) from problem
+    if HEADER_KEY not in metadata:
+        raise BundleError(
+            f"checkpoint {path}: no contract",
+            "the file does not say for which modalities, labels and spacing it holds",
+            "use weights written by a Fiducial training run",
+        )
+    return json.loads(metadata[HEADER_KEY])
+
+
+def read_contract(path: str | Path) -> dict[str, Any]:
+    """Return the contract of a weights file: the hyper-parameters with which alone the weights are valid."""
+    return read_header(path)["contract"]
+
+
+def load_weights(network: torch.nn.Module, path: str | Path) -> torch.nn.Module:
+    """Load weights in place and return the network; every tensor must match by name and shape, none may be left over.
+
+    Raises:
+        BundleError: another architecture; the message counts what matches and names the first tensor that does not.
+    """
+    read_header(path)
+    stored = load_file(str(path))
+    expected = distinct_tensors(network)
+    missing = [name for name in expected if name not in stored]
+    unexpected = [name for name in stored if name not in expected]
+    reshaped = [n for n in expected if n in stored and stored[n].shape != expected[n].shape]
+    if missing or unexpected or reshaped:
+        first = (missing + unexpected + reshaped)[0]
+        matched = len(expected) - len(missing) - len(reshaped)
+        raise BundleError(
+            f"checkpoint {path}: another architecture (first mismatch: {first})",
+            f"{matched} of {len(expected)} tensors match, {len(missing)} missing, {len(unexpected)} unexpected, "
+            f"{len(reshaped)} of another shape; all must match",
+            "use the configuration with which the weights were trained",
+        )
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(stored[name])
+    return network

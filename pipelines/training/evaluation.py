@@ -1,0 +1,103 @@
+"""What an evaluator does with each case: measure it, report it; and at the end the tables of the whole split."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from ignite.engine import Engine, Events
+
+from pipelines.manifests import Label
+from pipelines.metrics import segmentation_metrics, summarise
+from pipelines.reports.overlay import save_overlay_figure
+from pipelines.reports.tables import format_table, write_per_case_csv, write_summary_json
+
+logger = logging.getLogger(__name__)
+
+
+class CaseMetrics:
+    """Measure every prediction on the grid of its image; write ``per_case.csv``, ``summary.json`` and an overlay per case.
+
+    Args:
+        labels: the bundle's label table.
+        nsd_tolerance_mm: tolerance of the surface Dice.
+        folder: the run's ``metrics``.
+        subjects: subject of each case, the unit of the bootstrap.
+        reference_key: the truth in the batch, on the image's own grid.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[Label],
+        nsd_tolerance_mm: float,
+        folder: str | Path,
+        subjects: Mapping[str, str],
+        reference_key: str = "reference",
+    ) -> None:
+        self.names = {label.id: label.name for label in labels if label.id > 0}
+        self.colours = {label.id: label.colour for label in labels}
+        self.tolerance = float(nsd_tolerance_mm)
+        self.folder = Path(folder)
+        self.subjects = dict(subjects)
+        self.reference_key = reference_key
+        self.rows: list[dict[str, Any]] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Register on an evaluator whose postprocessing leaves label maps on the image's own grid."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.COMPLETED, self._write)
+
+    def __call__(self, engine: Engine) -> None:
+        for item, batch in zip(engine.state.output, engine.state.batch, strict=True):
+            case, reference = batch["case"], batch[self.reference_key]
+            prediction = np.asarray(item["pred"].cpu())[0].astype(np.int16)
+            truth = np.asarray(reference.cpu())[0].astype(np.int16)
+            spacing = tuple(float(s) for s in nib.affines.voxel_sizes(np.asarray(reference.affine)))
+            results = segmentation_metrics(prediction, truth, spacing, self.names, self.tolerance)
+            self.rows += [{"case": case, "subject": self.subjects[case], **result} for result in results]
+            self._draw(item["image"].meta["filename_or_obj"], truth, prediction, case)
+
+    def _draw(self, source: str, truth: np.ndarray, prediction: np.ndarray, case: str) -> None:
+        image = nib.load(source)
+        planes = [nib.as_closest_canonical(nib.Nifti1Image(a, image.affine)) for a in (truth, prediction)]
+        voxels = np.asarray(nib.as_closest_canonical(image).dataobj, dtype=np.float32)
+        voxels = voxels[..., 0] if voxels.ndim == 4 else voxels
+        dice = [row["dice"] for row in self.rows if row["case"] == case and row["dice"] is not None]
+        title = f"{case}: mean Dice {np.mean(dice):.3f}" if dice else case
+        arrays = [np.asarray(plane.dataobj) for plane in planes]
+        save_overlay_figure(self.folder / "overlays" / f"{case}.png", voxels, *arrays, self.colours, title)
+
+    def _write(self, engine: Engine) -> None:
+        summary = summarise(self.rows)
+        write_per_case_csv(self.rows, self.folder / "per_case.csv")
+        write_summary_json(summary, self.folder / "summary.json")
+        logger.info("results of %d cases in %s\n%s", len(engine.data_loader), self.folder, format_table(summary))
+
+
+class ReportCases:
+    """One plain line per finished case, with its time."""
+
+    def attach(self, engine: Engine) -> None:
+        """Register on an evaluator, as the last handler."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._report)
+
+    def _start(self, engine: Engine) -> None:
+        self._since = time.monotonic()
+
+    def _report(self, engine: Engine) -> None:
+        now = time.monotonic()
+        cases = ", ".join(batch["case"] for batch in engine.state.batch)
+        logger.info(
+            "case %s done (%d of %d), %.1f s",
+            cases,
+            engine.state.iteration,
+            engine.state.epoch_length,
+            now - self._since,
+        )
+        self._since = now

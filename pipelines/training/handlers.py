@@ -1,0 +1,258 @@
+"""What happens around a training step: one small ignite handler per concern, each with an ``attach``.
+
+The engine itself is MONAI's ``SupervisedTrainer``; ``pipelines.training.engines`` puts these together.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.engines.utils import IterationEvents
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from pipelines.progress import on_terminal
+from pipelines.training.checkpoints import save_weights
+from transforms.errors import BundleError, DataError
+
+logger = logging.getLogger(__name__)
+
+
+def optimizer_steps_now(engine: Engine) -> bool:
+    """Return whether MONAI's trainer steps the optimiser in this iteration (gradient accumulation, end of the epoch)."""
+    local = (engine.state.iteration - 1) % engine.state.epoch_length + 1
+    return local % engine.accumulation_steps == 0 or local == engine.state.epoch_length
+
+
+class ClipGradients:
+    """Scale the gradients down to a total norm of ``max_norm`` before every optimiser step."""
+
+    def __init__(self, max_norm: float) -> None:
+        self.max_norm = max_norm
+
+    def attach(self, engine: Engine) -> None:
+        """Register on the trainer."""
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if not optimizer_steps_now(engine):
+            return
+        if engine.scaler is not None:
+            engine.scaler.unscale_(engine.optimizer)
+        torch.nn.utils.clip_grad_norm_(engine.network.parameters(), self.max_norm)
+
+
+class FollowOptimizer:
+    """After every optimiser step: move the learning rate and the averaged weights."""
+
+    def __init__(self, scheduler: LRScheduler, average: AveragedModel) -> None:
+        self.scheduler = scheduler
+        self.average = average
+
+    def attach(self, engine: Engine) -> None:
+        """Register on the trainer."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if optimizer_steps_now(engine):
+            self.average.update_parameters(engine.network)
+            self.scheduler.step()
+
+
+class SeedEpoch:
+    """Tell the data set which epoch it draws its samples for."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def attach(self, engine: Engine) -> None:
+        """Register on the trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, lambda e: self.dataset.set_epoch(e.state.epoch))
+
+
+class StopOnNonFiniteLoss:
+    """Stop, naming term and cases, as soon as the loss is NaN or infinite; nothing is ever put in its place."""
+
+    def attach(self, engine: Engine) -> None:
+        """Register on the trainer."""
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        loss = engine.state.output["loss"].detach()
+        if bool(torch.isfinite(loss)):
+            return
+        terms = getattr(engine.loss_function, "last_terms", {})
+        bad = [name for name, value in terms.items() if not math.isfinite(float(value))]
+        raise DataError(
+            f"loss is {float(loss)} at epoch {engine.state.epoch}, iteration {engine.state.iteration}, "
+            f"term {', '.join(bad) or 'unknown'}, cases {', '.join(engine.state.batch.get('case', []))}",
+            "a finite loss is expected in every step",
+            "look at these cases, lower learning_rate, or train with --precision fp32",
+        )
+
+
+class KeepCheckpoints:
+    """Write ``last`` after every epoch and ``best`` where the validated metric improved; NaN is never an improvement.
+
+    Args:
+        folder: the run's ``checkpoints``.
+        network: what is saved (the averaged weights).
+        header: returns what goes into the file's header besides epoch and metric.
+        validator: the evaluator whose key metric decides, or None (then there is no ``best``).
+        min_delta: how much better counts as better.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        network: torch.nn.Module,
+        header: dict[str, Any],
+        validator: Engine | None = None,
+        min_delta: float = 0.0,
+    ) -> None:
+        self.folder = Path(folder)
+        self.network = network
+        self.header = header
+        self.validator = validator
+        self.min_delta = min_delta
+        self.best_metric: float | None = None
+        self.best_epoch = 0
+        self.history: list[dict[str, Any]] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Register on the trainer, after the handler that runs the validation."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        epoch = int(engine.state.epoch)
+        entry: dict[str, Any] = {"epoch": epoch, "loss": engine.state.metrics.get("loss")}
+        metric = validated_metric(self.validator, epoch)
+        if self.validator is not None and metric is not None:
+            entry |= {name: float(value) for name, value in self.validator.state.metrics.items()}
+        self.history.append(entry)
+        if is_better(metric, self.best_metric, self.min_delta):
+            self.best_metric, self.best_epoch = metric, epoch
+            self._save("best", epoch, metric)
+        self._save("last", epoch, metric)
+
+    def _save(self, name: str, epoch: int, metric: float | None) -> None:
+        header = {**self.header, "epoch": epoch, "metric": metric, "best_metric": self.best_metric}
+        save_weights(self.network, {**header, "history": self.history}, self.folder / f"{name}.safetensors")
+
+
+class StopEarly:
+    """End the run when the validated metric has not improved for ``patience`` epochs.
+
+    It counts only from ``first_epoch`` on: a network that is still warming up stands still for a while and then learns.
+    """
+
+    def __init__(self, keeper: KeepCheckpoints, patience: int, first_epoch: int) -> None:
+        if patience < 1:
+            raise BundleError(f"early_stopping_patience {patience}", "at least 1 epoch expected", "correct it")
+        self.keeper = keeper
+        self.patience = patience
+        self.first_epoch = first_epoch
+
+    def attach(self, engine: Engine) -> None:
+        """Register on the trainer, after ``KeepCheckpoints``."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        since = engine.state.epoch - max(self.keeper.best_epoch, self.first_epoch)
+        if since >= self.patience:
+            logger.info(
+                "stopping after epoch %d: no improvement since epoch %d (patience %d)",
+                engine.state.epoch,
+                self.keeper.best_epoch,
+                self.patience,
+            )
+            engine.terminate()
+
+
+class AverageLoss:
+    """Mean of the loss and of each of its terms over an epoch, in ``engine.state.metrics``."""
+
+    def attach(self, engine: Engine) -> None:
+        """Register on the trainer, before whatever reports the metrics."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._compute)
+
+    def _reset(self, engine: Engine) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._count = 0
+
+    def _add(self, engine: Engine) -> None:
+        terms = {"loss": engine.state.output["loss"].detach(), **getattr(engine.loss_function, "last_terms", {})}
+        for name, value in terms.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+        self._count += 1
+
+    def _compute(self, engine: Engine) -> None:
+        engine.state.metrics.update({name: float(total) / self._count for name, total in self._sums.items()})
+
+
+class ReportProgress:
+    """A progress bar per epoch on a terminal, one plain line per epoch in the log."""
+
+    def __init__(self, validator: Engine | None = None, learning_rate: Callable[[], float] | None = None) -> None:
+        self.validator = validator
+        self.learning_rate = learning_rate
+        self._bar: tqdm | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Register on the trainer, as the last handler."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._finish)
+
+    def _start(self, engine: Engine) -> None:
+        self._started = time.monotonic()
+        if on_terminal():
+            name = f"epoch {engine.state.epoch}/{engine.state.max_epochs}"
+            self._bar = tqdm(total=engine.state.epoch_length, desc=name, unit="step", leave=False)
+
+    def _advance(self, engine: Engine) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{engine.state.output['loss'].item():.4f}", refresh=False)
+            self._bar.update()
+
+    def _finish(self, engine: Engine) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        parts = [f"epoch {engine.state.epoch}/{engine.state.max_epochs}"]
+        parts += _figures(engine)
+        if self.learning_rate is not None:
+            parts.append(f"lr {self.learning_rate():.2e}")
+        if validated_metric(self.validator, engine.state.epoch) is not None and self.validator is not None:
+            parts += _figures(self.validator)
+        logger.info("%s, %.1f s", "  ".join(parts), time.monotonic() - self._started)
+
+
+def _figures(engine: Engine) -> list[str]:
+    """Return the metrics of an engine for one line of a log; counts and terms of single heads are left to TensorBoard."""
+    shown = {k: float(v) for k, v in engine.state.metrics.items() if not k.startswith("n_") and "/" not in k}
+    return [f"{name} {value:.4f}" for name, value in sorted(shown.items())]
+
+
+def validated_metric(validator: Engine | None, epoch: int) -> float | None:
+    """Return the key metric if the validator ran in this epoch of training, else None."""
+    if validator is None or validator.state.epoch != epoch or not validator.state.metrics:
+        return None
+    return float(validator.state.metrics[validator.state.key_metric_name])
+
+
+def is_better(metric: float | None, best: float | None, min_delta: float = 0.0) -> bool:
+    """Return whether ``metric`` improves on ``best``; None and NaN never do, anything finite improves on None."""
+    if metric is None or not math.isfinite(metric):
+        return False
+    return best is None or metric > best + min_delta
