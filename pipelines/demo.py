@@ -67,6 +67,7 @@ def demo(folder: Path) -> None:
     scans.mkdir(parents=True, exist_ok=True)
     for modality, entry in case.images.items():
         shutil.copyfile(cohort.root / entry.path, scans / f"{modality}.nii.gz")
+    shutil.copyfile(cohort.root / case.masks["brain"].path, scans / "brain.nii.gz")
     run_bundle(
         BUNDLE,
         "inference",

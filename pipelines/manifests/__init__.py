@@ -3,6 +3,7 @@
 An importer reads every file once and writes the manifest; training, evaluation and reports only ever read it.
 """
 
+from pipelines.manifests.discover import items_from_path
 from pipelines.manifests.folder import import_folder
 from pipelines.manifests.labels import label_table, parse_label
 from pipelines.manifests.load import case_items, load_manifest, write_manifest
@@ -11,8 +12,9 @@ from pipelines.manifests.msd import import_msd
 from pipelines.manifests.nnunet import import_nnunet
 from pipelines.manifests.selection import (
     chosen_modalities,
+    contract_items,
     contract_labels,
-    items_from_path,
+    foreground_source,
     labels_of,
     prediction_items,
     reference_items,
@@ -32,8 +34,10 @@ __all__ = [
     "assign_folds",
     "case_items",
     "chosen_modalities",
+    "contract_items",
     "contract_labels",
     "explicit_split",
+    "foreground_source",
     "import_folder",
     "import_msd",
     "import_nnunet",

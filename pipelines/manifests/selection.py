@@ -11,13 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pipelines.manifests.discover import MASK_ROLE, items_from_path
 from pipelines.manifests.load import case_items, load_manifest
 from pipelines.manifests.model import Label, Manifest
 from pipelines.manifests.names import nearest
 from transforms.errors import DataError, UsageError
-
-IMAGE_ENDINGS = (".nii.gz", ".nii")
-NOT_IMAGES = ("label", "lesion", "mask", "brain", "seg", "gt")
 
 
 def chosen_modalities(manifest: Manifest, modalities: str | Sequence[str]) -> list[str]:
@@ -59,6 +57,38 @@ def labels_of(contract: Mapping[str, Any]) -> list[Label]:
     return [Label(**{**label, "values": tuple(label["values"])}) for label in contract["labels"]]
 
 
+def foreground_source(manifest: Manifest) -> str:
+    """Return where the foreground of a cohort comes from: ``mask`` if every case has a brain mask, ``auto`` if none has.
+
+    It belongs to the contract: intensities normalised inside a brain mask and inside the whole head are not the same.
+
+    Raises:
+        DataError: some cases have a brain mask and others have not.
+    """
+    without = [case.id for case in manifest.cases if MASK_ROLE not in case.masks]
+    if without and len(without) < len(manifest.cases):
+        raise DataError(
+            f"manifest {manifest.path or manifest.name}: case {without[0]} has no mask {MASK_ROLE}",
+            f"{len(manifest.cases) - len(without)} of {len(manifest.cases)} cases have one",
+            "give every case a brain mask, or import the cohort without masks",
+        )
+    return "auto" if without else "mask"
+
+
+def contract_items(
+    manifest: Manifest, split: str, contract: Mapping[str, Any], fold: int | None = None, label_key: str = "label"
+) -> list[dict[str, Any]]:
+    """Return the items of a split as the contract wants them: its modalities, its kind of foreground.
+
+    Raises:
+        DataError: a brain mask is needed and missing; the training split is empty.
+        UsageError: the cohort lacks a modality of the contract.
+    """
+    modalities = chosen_modalities(manifest, contract["modalities"])
+    items = case_items(manifest, split, modalities=modalities, fold=fold, label_key=label_key)
+    return [_with_foreground(item, contract["foreground"]) for item in items]
+
+
 def reference_items(
     manifest: Manifest, split: str, contract: Mapping[str, Any], fold: int | None = None
 ) -> list[dict[str, Any]]:
@@ -76,19 +106,8 @@ def reference_items(
             f"the weights were trained for {ours}",
             "evaluate on a cohort with the same label table",
         )
-    items = case_items(
-        manifest,
-        split,
-        modalities=chosen_modalities(manifest, contract["modalities"]),
-        fold=fold,
-        label_key="reference",
-    )
-    if not items:
-        raise DataError(
-            f"manifest {manifest.path or manifest.name}: split {split} is empty",
-            "0 cases to evaluate",
-            "choose another --split, or import the cohort with a share for it",
-        )
+    items = contract_items(manifest, split, contract, fold, label_key="reference")
+    _refuse_empty(items, manifest, split)
     for item in items:
         if item.get("reference") is None:
             raise DataError(
@@ -105,87 +124,34 @@ def prediction_items(
     """Return the items to predict: of a file or folder if one is given, else of the manifest's split.
 
     Raises:
-        DataError: nothing to predict.
+        DataError: nothing to predict, or a brain mask is needed and missing.
         UsageError: files that cannot be told apart by their names.
     """
     if source:
-        return items_from_path(source, contract["modalities"], contract["optional_modalities"])
+        items = items_from_path(source, contract["modalities"], contract["optional_modalities"])
+        return [_with_foreground(item, contract["foreground"]) for item in items]
     cohort = load_manifest(manifest)
-    items = case_items(cohort, split, modalities=chosen_modalities(cohort, contract["modalities"]))
-    if not items:
-        raise DataError(f"manifest {manifest}: split {split} is empty", "0 cases to predict", "choose another --split")
+    items = contract_items(cohort, split, contract)
+    _refuse_empty(items, cohort, split)
     return [{key: value for key, value in item.items() if key != "label"} for item in items]
 
 
-def items_from_path(
-    source: str | Path, modalities: Sequence[str], optional: Sequence[str] = ()
-) -> list[dict[str, Any]]:
-    """Return the items of a NIfTI file, of a case's folder, or of a folder of either.
-
-    How a file is recognised: with one modality, every image is a case. With several, a file belongs to the modality
-    whose name it ends with (``FLAIR.nii.gz``, ``sub-01_flair.nii.gz``) or, in nnU-Net's way, whose index (``case_0001.nii.gz``);
-    what stands before is the case, or else the folder's name. Label maps and masks (by name) are passed over.
-
-    Args:
-        source: file or folder.
-        modalities: the weights' modalities in the order of their channels.
-        optional: those that may be missing.
-
-    Raises:
-        DataError: the path does not exist, holds no image, or a case lacks a required modality.
-        UsageError: two files for one modality of one case.
-    """
-    path = Path(source)
-    if not path.exists():
-        raise DataError(f"input {path}: no such file or folder", "nothing to predict", "check --input")
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.name.lower().endswith(IMAGE_ENDINGS))
-    cases: dict[str, dict[str, Path]] = {}
-    for file in files:
-        found = _recognise(file, path if path.is_dir() else path.parent, modalities)
-        if found is None:
-            continue
-        case, modality = found
-        other = cases.setdefault(case, {}).get(modality)
-        if other is not None:
-            raise UsageError(
-                f"case {case}: two files for modality {modality}", f"{other} and {file}", "leave one of them"
-            )
-        cases[case][modality] = file
-    if not cases:
+def _refuse_empty(items: Sequence[Mapping[str, Any]], manifest: Manifest, split: str) -> None:
+    if not items:
         raise DataError(
-            f"input {path}: no image found",
-            f"expected NIfTI files named by {', '.join(modalities)} or _0000 ...",
-            "rename the files, or make a manifest with `fiducial manifest import`",
+            f"manifest {manifest.path or manifest.name}: split {split} is empty",
+            "0 cases, at least 1 expected",
+            "choose another --split, or import the cohort with a share for it",
         )
-    return [_item(case, found, modalities, optional) for case, found in sorted(cases.items())]
 
 
-def _item(case: str, found: Mapping[str, Path], modalities: Sequence[str], optional: Sequence[str]) -> dict[str, Any]:
-    missing = [name for name in modalities if name not in found and name not in optional]
-    if missing:
+def _with_foreground(item: Mapping[str, Any], foreground: str) -> dict[str, Any]:
+    if foreground == "auto":
+        return {key: value for key, value in item.items() if key != "mask"}
+    if item.get("mask") is None:
         raise DataError(
-            f"case {case}: modality {missing[0]} is missing",
-            f"found {', '.join(sorted(found))}; the weights need {', '.join(modalities)}",
-            "add the file; only a bundle trained with optional_modalities can do without",
+            f"case {item['case']}: key mask is missing",
+            "the network was trained on images normalised inside a brain mask",
+            f"add it beside the images as {MASK_ROLE}.nii.gz (or <case>_{MASK_ROLE}.nii.gz)",
         )
-    return {"case": case, "image": [str(found[name].resolve()) if name in found else None for name in modalities]}
-
-
-def _recognise(file: Path, top: Path, modalities: Sequence[str]) -> tuple[str, str] | None:
-    """Return (case, modality) of an image file, or None where its name says that it is none."""
-    stem = (
-        file.name[: -len(next(e for e in IMAGE_ENDINGS if file.name.lower().endswith(e)))]
-        if "." in file.name
-        else file.name
-    )
-    folder = "_".join(file.parent.relative_to(top).parts) or top.resolve().name
-    for modality in sorted(modalities, key=len, reverse=True):
-        names = (modality.lower(), f"{list(modalities).index(modality):04d}")
-        for name in names:
-            if stem.lower() == name:
-                return folder, modality
-            if stem.lower().endswith((f"_{name}", f"-{name}")):
-                return stem[: -len(name) - 1], modality
-    if len(modalities) == 1 and not any(word in stem.lower().replace("-", "_").split("_") for word in NOT_IMAGES):
-        return stem, modalities[0]
-    return None
+    return dict(item)

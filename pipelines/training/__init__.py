@@ -16,9 +16,10 @@ from pipelines.training.landmarks import read_landmarks
 from pipelines.training.run_folder import (
     create_run,
     find_checkpoint,
-    open_output,
     prediction_folder,
     refuse_existing_run,
+    results_folder,
+    source_of,
 )
 from pipelines.training.validation import ValidationDice
 
@@ -34,14 +35,15 @@ __all__ = [
     "device_of",
     "find_checkpoint",
     "load_weights",
-    "open_output",
     "patch_loader",
     "prediction_folder",
     "read_contract",
     "read_header",
     "read_landmarks",
     "refuse_existing_run",
+    "results_folder",
     "save_weights",
+    "source_of",
     "supervised_trainer",
     "train",
     "training_inferer",

@@ -28,6 +28,7 @@ class CaseMetrics:
         nsd_tolerance_mm: tolerance of the surface Dice.
         folder: the run's ``metrics``.
         subjects: subject of each case, the unit of the bootstrap.
+        source: of what these are results (``source_of``); stands in ``summary.json``.
         reference_key: the truth in the batch, on the image's own grid.
     """
 
@@ -37,6 +38,7 @@ class CaseMetrics:
         nsd_tolerance_mm: float,
         folder: str | Path,
         subjects: Mapping[str, str],
+        source: Mapping[str, str],
         reference_key: str = "reference",
     ) -> None:
         self.names = {label.id: label.name for label in labels if label.id > 0}
@@ -44,6 +46,7 @@ class CaseMetrics:
         self.tolerance = float(nsd_tolerance_mm)
         self.folder = Path(folder)
         self.subjects = dict(subjects)
+        self.source = dict(source)
         self.reference_key = reference_key
         self.rows: list[dict[str, Any]] = []
 
@@ -58,7 +61,7 @@ class CaseMetrics:
             prediction = np.asarray(item["pred"].cpu())[0].astype(np.int16)
             truth = np.asarray(reference.cpu())[0].astype(np.int16)
             spacing = tuple(float(s) for s in nib.affines.voxel_sizes(np.asarray(reference.affine)))
-            results = segmentation_metrics(prediction, truth, spacing, self.names, self.tolerance)
+            results = segmentation_metrics(prediction, truth, spacing, self.names, self.tolerance, case)
             self.rows += [{"case": case, "subject": self.subjects[case], **result} for result in results]
             self._draw(item["image"].meta["filename_or_obj"], truth, prediction, case)
 
@@ -73,7 +76,7 @@ class CaseMetrics:
         save_overlay_figure(self.folder / "overlays" / f"{case}.png", voxels, *arrays, self.colours, title)
 
     def _write(self, engine: Engine) -> None:
-        summary = summarise(self.rows)
+        summary = {"source": self.source, **summarise(self.rows)}
         write_per_case_csv(self.rows, self.folder / "per_case.csv")
         write_summary_json(summary, self.folder / "summary.json")
         logger.info("results of %d cases in %s\n%s", len(engine.data_loader), self.folder, format_table(summary))

@@ -91,22 +91,26 @@ def find_checkpoint(runs_dir: str | Path, bundle: str, name: str = "", checkpoin
     )
 
 
-def open_output(weights: Path, output_dir: str, part: str, cohort: Manifest, split: str) -> Path:
-    """Return the folder ``part`` for results of these weights, after making sure that no other result is overwritten.
+def source_of(cohort: Manifest, split: str) -> dict[str, str]:
+    """Return what results are results of: cohort, its digest, and the split."""
+    return {"cohort": cohort.name, "manifest_digest": cohort.digest, "split": split}
+
+
+def results_folder(weights: Path, output_dir: str, source: Mapping[str, str]) -> Path:
+    """Return the folder ``metrics`` for results of these weights, sure that no result of another source is lost.
 
     Raises:
         UsageError: there are results of another cohort or split, or the weights belong to no run and no folder was given.
     """
-    folder = run_of(weights, output_dir) / part
-    source = {"manifest_digest": cohort.digest, "cohort": cohort.name, "split": split}
-    stamp = folder / "source.json"
-    if stamp.is_file() and json.loads(stamp.read_text()) != source:
+    folder = run_of(weights, output_dir) / "metrics"
+    summary = folder / "summary.json"
+    earlier = json.loads(summary.read_text()).get("source") if summary.is_file() else None
+    if earlier is not None and earlier != dict(source):
         raise UsageError(
             f"{folder} holds results of another cohort or split",
-            f"there: {json.loads(stamp.read_text())}, now: {source}",
+            f"there: {earlier}, now: {dict(source)}",
             "name another folder with --output_dir",
         )
-    write_json(stamp, source)
     return folder
 
 
