@@ -1,7 +1,7 @@
 """What every bundle does first, under MONAI's own command as under ours: explain errors, lint, fix the seeds.
 
-``initialize`` of each configuration calls ``begin()``. MONAI hands an expression no reference to the configuration that it
-stands in, so ``begin`` looks it up in the calling workflow; nothing else here depends on who started the run.
+``initialize`` of each configuration calls ``begin()``. MONAI hands an expression no reference to the configuration that
+it stands in, so ``begin`` looks it up in the calling workflow; nothing else here depends on who started the run.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def run_bundle(name: str, config: str, overrides: Mapping[str, Any], variants: S
 def bundle_parser(
     name: str, config: str, overrides: Mapping[str, Any], variants: Sequence[str] = ()
 ) -> Iterator[ConfigParser]:
-    """Yield MONAI's parser of a bundle's configuration, linted, the bundle's root being the working directory meanwhile."""
+    """Yield MONAI's parser of a bundle's configuration, linted; work in the bundle's root meanwhile."""
     from monai.bundle import ConfigParser
 
     root, files, values = _resolved(name, config, overrides, variants)

@@ -20,8 +20,9 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 def choose_precision(name: str, device: torch.device | str) -> str:
     """Return the arithmetic of the network's forward pass: ``fp32``, ``bf16`` or ``fp16``.
 
-    ``auto`` takes bf16 where the hardware multiplies it natively (CPU with AVX-512 BF16 or AMX; GPU of compute capability
-    8 or more), fp16 on an older GPU, else fp32: on a CPU that only emulates bf16 it costs time and gains nothing.
+    ``auto`` takes bf16 where the hardware multiplies it natively (CPU with AVX-512 BF16 or AMX; GPU of compute
+    capability 8 or more), fp16 on an older GPU, else fp32: on a CPU that only emulates bf16 it costs time and gains
+    nothing.
 
     Raises:
         BundleError: an unknown name, or fp16 on a CPU (no scaled gradients there).
@@ -78,12 +79,17 @@ class FlipAveragingInferer(Inferer):
 
     Returns:
         Probabilities (B, K, *spatial) float32: softmax over K, or sigmoid where K is 1.
+
+    Raises:
+        BundleError: an axis named twice, or negative (it would count from the end and mirror channels).
     """
 
     def __init__(self, inferer: Inferer, axes: Sequence[int] = ()) -> None:
         super().__init__()
         self.inferer = inferer
         self.axes = tuple(int(axis) for axis in axes)
+        if len(set(self.axes)) != len(self.axes) or any(axis < 0 for axis in self.axes):
+            raise BundleError(f"flip_axes {list(axes)}", "expected spatial axes from 0, each once", "correct flip_axes")
 
     def __call__(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
         subsets = list(chain.from_iterable(combinations(self.axes, n) for n in range(len(self.axes) + 1)))

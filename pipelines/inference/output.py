@@ -10,12 +10,15 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from ignite.engine import Engine, Events
+from nibabel.affines import voxel_sizes
 from scipy import ndimage
 
 from pipelines.files import write_atomically, write_json
 from pipelines.manifests import Label
 from pipelines.manifests.digest import file_digest
 from transforms.errors import BundleError
+
+_GEOMETRY = "qform_code sform_code quatern_b quatern_c quatern_d qoffset_x qoffset_y qoffset_z srow_x srow_y srow_z"
 
 
 def segmentation_nifti(prediction: np.ndarray, source: str | Path) -> bytes:
@@ -26,7 +29,7 @@ def segmentation_nifti(prediction: np.ndarray, source: str | Path) -> bytes:
         source: the NIfTI image that was segmented.
 
     Raises:
-        BundleError: the shapes differ (the way back to the image's grid is broken).
+        BundleError: the shapes differ (the way back to the image's grid is broken), or a value does not fit uint8.
     """
     original = nib.load(str(source))
     if tuple(original.shape[:3]) != prediction.shape:
@@ -35,18 +38,23 @@ def segmentation_nifti(prediction: np.ndarray, source: str | Path) -> bytes:
             f"the image has {tuple(original.shape[:3])}",
             "this is a defect of the bundle's postprocessing: report it",
         )
+    if not np.array_equal(prediction, prediction.astype(np.uint8)):
+        raise BundleError(
+            f"{source}: the prediction is no label map of uint8",
+            f"values from {prediction.min()} to {prediction.max()}, expected whole numbers from 0 to 255",
+            "take the argmax in the bundle's postprocessing; more than 255 labels cannot be written",
+        )
     image = nib.Nifti1Image(prediction.astype(np.uint8), original.affine)
-    for name in ("qform", "sform"):
-        affine, code = getattr(original, f"get_{name}")(coded=True)
-        if affine is not None:
-            getattr(image, f"set_{name}")(affine, int(code))
+    for field in _GEOMETRY.split():
+        image.header[field] = original.header[field]
+    image.header["pixdim"][:4] = original.header["pixdim"][:4]
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = b"Fiducial label map"
     return gzip.compress(image.to_bytes(), mtime=0)  # no time stamp: equal predictions are equal files
 
 
 def volumes(prediction: np.ndarray, spacing_mm: tuple[float, ...], labels: Mapping[int, str]) -> list[dict[str, Any]]:
-    """Return per foreground label: id, name, voxels, volume in mL, number of connected components (26-neighbourhood)."""
+    """Return per foreground label: id, name, voxels, volume in mL, number of components (joined by 26 neighbours)."""
     voxel_ml = float(np.prod(spacing_mm)) / 1000.0
     rows = []
     for label, name in labels.items():
@@ -73,7 +81,7 @@ class SavePredictions:
     def __init__(self, folder: str | Path, labels: Sequence[Label], weights: str | Path) -> None:
         self.folder = Path(folder)
         self.labels = {label.id: label.name for label in labels}
-        self.weights = {"file": str(weights), "sha256": file_digest(weights)}
+        self.weights = {"file": str(weights), "sha256": file_digest(Path(weights))}
 
     def attach(self, engine: Engine) -> None:
         """Register on an evaluator whose postprocessing leaves label maps on the image's own grid."""
@@ -81,10 +89,10 @@ class SavePredictions:
 
     def __call__(self, engine: Engine) -> None:
         for item, batch in zip(engine.state.output, engine.state.batch, strict=True):
-            prediction = np.asarray(item["pred"].cpu())[0].astype(np.uint8)
+            prediction = np.asarray(item["pred"].cpu())[0]
             source = item["image"].meta["filename_or_obj"]
             write_atomically(self.folder / f"{batch['case']}.nii.gz", segmentation_nifti(prediction, source))
-            spacing = tuple(float(s) for s in nib.affines.voxel_sizes(nib.load(str(source)).affine))
+            spacing = tuple(float(s) for s in voxel_sizes(nib.load(str(source)).affine))
             write_json(
                 self.folder / f"{batch['case']}.json",
                 {

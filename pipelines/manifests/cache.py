@@ -2,8 +2,8 @@
 
 The key of an entry is a digest of everything that decides its content: the sha256 of every file of the case, the label
 table, and the deterministic chain (classes, arguments, source code and library versions). Change one, and another
-entry is made; nothing is ever compared by name or time. Arrays are stored as plain ``.npy`` and read by memory map, so that
-a random patch costs only its own voxels.
+entry is made; nothing is ever compared by name or time. Arrays are stored as plain ``.npy`` and read by memory map, so
+that a random patch costs only its own voxels.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import hashlib
 import inspect
 import json
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -29,11 +31,12 @@ from monai.transforms import Compose, Randomizable
 from transforms.errors import BundleError, DataError, ResourceError
 
 _LIBRARIES = ("monai", "nibabel", "numpy", "scipy", "scikit-image", "SimpleITK", "torch")
+_LIBRARY_MODULES = {*_LIBRARIES, "skimage"}
 _UNSEEN_ATTRIBUTES = {"R"}  # random states of transforms that are not used as random ones
 
 
 def chain_digest(chain: Any) -> str:
-    """Return the sha256 of a deterministic transform chain: classes, their state, their source and the libraries' versions.
+    """Return the sha256 of a deterministic transform chain: classes, state, source code and the libraries' versions.
 
     Raises:
         BundleError: the chain draws random numbers, or holds a value that cannot be described.
@@ -42,14 +45,19 @@ def chain_digest(chain: Any) -> str:
 
 
 def item_digest(item: Mapping[str, Any]) -> str:
-    """Return the sha256 of what a case contributes: its files' digests, channels and label values; never paths or dates."""
+    """Return the sha256 of what a case contributes: all of the item, its files by their digests, never by path or date.
+
+    Raises:
+        DataError: the item has no digests.
+    """
     if not item.get("digests"):
         raise DataError(
             f"case {item.get('case', '')}: no file digests",
             "the cache is keyed by content and the item carries none",
             "load the case from a manifest made by `fiducial manifest import`",
         )
-    return _sha256({key: item.get(key) for key in ("case", "digests", "channels", "label_values")})
+    files = {key: digest for key, digest in item["digests"].items() if item.get(key) is not None}
+    return _sha256({**{key: value for key, value in item.items() if key not in files}, "digests": files})
 
 
 @dataclass(frozen=True)
@@ -74,9 +82,15 @@ class CachedCase:
         return {**self.values, **{key: self.crop(key, None) for key in self.arrays}}
 
     def crop(self, key: str, window: tuple[slice, ...] | None) -> torch.Tensor:
-        """Return a copy of one array, or of a window of it (slices over the spatial axes), as a tensor with its affine."""
+        """Return a copy of one array, or of a window of it, as a tensor with its affine (that of the window).
+
+        Args:
+            key: name of the array.
+            window: one slice per spatial axis, with start and stop; None = the whole. What lies outside the array is
+                air: the lowest value inside, channel by channel, in arrays of floats, else 0.
+        """
         source = self.array(key)
-        values = torch.from_numpy(np.array(source if window is None else source[(slice(None), *window)]))
+        values = torch.from_numpy(np.array(source) if window is None else _cut(source, window))
         affine = self.affine(key)
         if affine is None:
             return values
@@ -84,6 +98,17 @@ class CachedCase:
             affine = affine.clone()
             affine[:3, 3] += affine[:3, :3] @ torch.tensor([float(s.start) for s in window], dtype=torch.float64)
         return MetaTensor(values, affine=affine)
+
+
+def _cut(source: np.ndarray, window: tuple[slice, ...]) -> np.ndarray:
+    sizes = source.shape[1:]
+    inside = tuple(slice(max(s.start, 0), min(s.stop, size)) for s, size in zip(window, sizes, strict=True))
+    values = np.array(source[(slice(None), *inside)])
+    around = [(max(-s.start, 0), max(s.stop - size, 0)) for s, size in zip(window, sizes, strict=True)]
+    if not np.any(around):
+        return values
+    floating = np.issubdtype(values.dtype, np.floating)
+    return np.stack([np.pad(c, around, constant_values=c.min() if floating else 0) for c in values])
 
 
 class CaseCache:
@@ -124,13 +149,14 @@ class CaseCache:
             _write_entry(data, working)
             working.replace(entry)
         except OSError as problem:
-            shutil.rmtree(working, ignore_errors=True)
             if not (entry / "entry.json").is_file():  # otherwise another process was quicker, and its entry is ours
                 raise ResourceError(
                     f"cache {self.folder}: case {item.get('case', '')} cannot be stored",
                     str(problem),
                     "free some space or choose another folder with cache_dir",
                 ) from problem
+        finally:
+            shutil.rmtree(working, ignore_errors=True)
 
 
 def _write_entry(data: Mapping[str, Any], folder: Path) -> None:
@@ -140,7 +166,7 @@ def _write_entry(data: Mapping[str, Any], folder: Path) -> None:
         if isinstance(value, (torch.Tensor, np.ndarray)):
             affine = value.affine.tolist() if isinstance(value, MetaTensor) else None
             plain = value.as_tensor() if isinstance(value, MetaTensor) else value
-            np.save(folder / f"{key}.npy", np.ascontiguousarray(plain))
+            np.save(folder / f"{key}.npy", np.asarray(plain, order="C"))
             arrays[key] = {"affine": affine}
         elif _is_plain(value):
             values[key] = value
@@ -164,7 +190,7 @@ def _describe(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
-        return repr(value)
+        return {"float": repr(float(value))}
     if isinstance(value, Enum):
         return [type(value).__qualname__, str(value.value)]
     if isinstance(value, Mapping):
@@ -177,13 +203,41 @@ def _describe(value: Any) -> Any:
         return {"array": np.asarray(value).tolist(), "dtype": str(value.dtype)}
     if isinstance(value, (torch.dtype, torch.device, np.dtype, Path)):
         return str(value)
+    if isinstance(value, partial):
+        return {"partial": [_describe(value.func), _describe(value.args), _describe(value.keywords)]}
     if isinstance(value, type) or inspect.isroutine(value):
-        return {"name": f"{value.__module__}.{value.__qualname__}", "source": _source_digest(inspect.getmodule(value))}
+        return _describe_callable(value)
     return _describe_object(value)
 
 
+def _describe_callable(value: Any) -> Any:
+    """Describe a class or function by name and source; a function also by its code and what it has captured."""
+    owner = getattr(value, "__self__", None)
+    function = getattr(value, "__func__", value)
+    described = {
+        "name": f"{getattr(value, '__module__', None)}.{value.__qualname__}",
+        "source": _source_digest(inspect.getmodule(value)),
+        "owner": None if owner is None or inspect.ismodule(owner) else _describe(owner),
+    }
+    if inspect.isfunction(function):
+        cells = [cell.cell_contents for cell in function.__closure__ or ()]
+        described["code"] = _describe_code(function.__code__)
+        described["captured"] = _describe([cells, function.__defaults__, function.__kwdefaults__])
+    return described
+
+
+def _describe_code(code: CodeType) -> list[Any]:
+    return [code.co_code.hex(), code.co_names, [_describe_constant(constant) for constant in code.co_consts]]
+
+
+def _describe_constant(value: Any) -> Any:
+    if isinstance(value, CodeType):
+        return _describe_code(value)
+    return sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)
+
+
 def _describe_object(value: Any) -> Any:
-    if isinstance(value, Randomizable) and not isinstance(value, Compose):
+    if isinstance(value, Randomizable) and type(value) is not Compose:  # MONAI's Compose is one, OneOf really draws
         raise BundleError(
             f"{type(value).__name__} stands in the deterministic chain",
             "it draws random numbers, so its result cannot be cached",
@@ -212,9 +266,13 @@ def _is_method(value: Any, owner: Any) -> bool:
 
 @cache
 def _source_digest(module: Any) -> str | None:
-    """Return the digest of the module's file; libraries are known by their version."""
+    """Return the digest of the module's package (what a module imports is most often beside it), or of its lone file.
+
+    Libraries are known by their version.
+    """
     name = getattr(module, "__name__", "").split(".")[0]
     file = getattr(module, "__file__", None)
-    if file is None or name in {library.replace("-", "_") for library in _LIBRARIES}:
+    if file is None or name in _LIBRARY_MODULES or name in sys.stdlib_module_names:
         return None
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    files = sorted(Path(file).parent.glob("*.py")) if getattr(module, "__package__", "") else [Path(file)]
+    return _sha256([[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in files])

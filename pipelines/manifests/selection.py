@@ -58,7 +58,7 @@ def labels_of(contract: Mapping[str, Any]) -> list[Label]:
 
 
 def foreground_source(manifest: Manifest) -> str:
-    """Return where the foreground of a cohort comes from: ``mask`` if every case has a brain mask, ``auto`` if none has.
+    """Return where the foreground comes from: ``mask`` if every case of the cohort has a brain mask, ``auto`` if none.
 
     It belongs to the contract: intensities normalised inside a brain mask and inside the whole head are not the same.
 

@@ -37,13 +37,19 @@ READ_BY_MONAI = frozenset(
     ]
 )
 _REFERENCE = re.compile(r"@(?:::)?([A-Za-z_]\w*)")
-_BOOLEAN_WORDS = {"true": True, "false": False}
+_WORDS = {"true": True, "false": False, "null": None}
+_STRUCTURE = frozenset(["_meta_", "imports", "initialize", "run", "finalize"])  # never meant where a key is misspelt
 
 
 def referenced_keys(config: Any, inside: str = "") -> Iterator[str]:
-    """Yield every top-level id that a string of ``config`` refers to by ``@id``; a key's reference to itself does not count."""
+    """Yield every top-level id that ``config`` refers to by ``@id``; a key's reference to itself does not count.
+
+    As in MONAI, an ``@`` refers only in an expression (``$...``) or at the beginning of a text, never inside of one.
+    """
     if isinstance(config, str):
-        yield from (name for name in _REFERENCE.findall(config) if name != inside)
+        found = _REFERENCE.findall(config) if config.startswith("$") else _REFERENCE.match(config)
+        names = [found[1]] if isinstance(found, re.Match) else found or []
+        yield from (name for name in names if name != inside)
     elif isinstance(config, Mapping):
         for key, value in config.items():
             yield from referenced_keys(value, inside or str(key))
@@ -61,7 +67,7 @@ def refuse_unread_keys(config: Mapping[str, Any]) -> None:
     read = set(referenced_keys(dict(config))) | READ_BY_MONAI
     for key in config:
         if key not in read:
-            valid = sorted(name for name in config if name in read and name not in READ_BY_MONAI)
+            valid = sorted(name for name in config if name in read and name not in _STRUCTURE)
             near = get_close_matches(str(key), valid, n=1, cutoff=0.5)
             raise UsageError(
                 f"unknown key {key!r} in the configuration or on the command line",
@@ -70,18 +76,18 @@ def refuse_unread_keys(config: Mapping[str, Any]) -> None:
             )
 
 
-def refuse_boolean_words(config: Mapping[str, Any]) -> None:
-    """Refuse top-level strings that look like booleans: the command line turns ``false`` into a string, which counts as true.
+def refuse_yaml_words(config: Mapping[str, Any]) -> None:
+    """Refuse the texts ``true``, ``false`` and ``null`` at the top level: the command line reads Python, not YAML.
 
     Raises:
         UsageError: names the key.
     """
     for key, value in config.items():
-        if isinstance(value, str) and value.strip().lower() in _BOOLEAN_WORDS:
-            right = _BOOLEAN_WORDS[value.strip().lower()]
+        if isinstance(value, str) and value.strip().lower() in _WORDS:
+            right = _WORDS[value.strip().lower()]
             raise UsageError(
                 f"key {key!r} has the text {value!r}",
-                "a text counts as true whatever it says",
+                "the command line reads Python values; this is a text, and counts as true whatever it says",
                 f"write --{key} {right}",
             )
 
@@ -104,6 +110,6 @@ def refuse_absent_references(config: Mapping[str, Any]) -> None:
 
 def lint(config: Mapping[str, Any]) -> None:
     """Run every check of this module on a configuration with its macros resolved."""
-    refuse_unread_keys(config)
-    refuse_boolean_words(config)
     refuse_absent_references(config)
+    refuse_unread_keys(config)
+    refuse_yaml_words(config)

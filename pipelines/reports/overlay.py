@@ -37,7 +37,8 @@ def overlay_panels(
         colours: ``#rrggbb`` per label id.
 
     Returns:
-        RGB (rows, columns, 3) float32 in [0, 1], anterior up, left of the array (the patient's left in RAS order) at the left.
+        RGB (rows, columns, 3) float32 in [0, 1], anterior up; the first x of the array (the patient's left in RAS
+        order) stands at the left of each panel.
     """
     grey = _to_grey(image, index)
     panels = [grey]

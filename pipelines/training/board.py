@@ -16,8 +16,8 @@ from pipelines.training.handlers import validated_metric
 class TensorBoardLog:
     """Write a training run to TensorBoard.
 
-    Per step: ``loss/step`` and ``learning_rate``. Per epoch: ``loss/epoch`` with one curve per term, ``validation/*``, and for
-    the first ``overlay_cases`` validation cases the middle and the most lesioned slice.
+    Per step: ``loss/step`` and ``learning_rate``. Per epoch: ``loss/epoch`` with one curve per term, ``validation/*``,
+    and for the first ``overlay_cases`` validation cases the middle and the most lesioned slice.
 
     Args:
         folder: the run's ``tensorboard``.
@@ -48,7 +48,8 @@ class TensorBoardLog:
         """Register on the trainer, after the validation and ``AverageLoss``; also on the validator."""
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch)
-        engine.add_event_handler(Events.COMPLETED | Events.EXCEPTION_RAISED, self._close)
+        engine.add_event_handler(Events.COMPLETED, self._close)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._close_and_raise)
         if self.validator is not None:
             self.validator.add_event_handler(Events.ITERATION_COMPLETED, self._overlays)
 
@@ -76,5 +77,9 @@ class TensorBoardLog:
                 tag = f"overlay/{batch['case']}/{name}"
                 self.writer.add_image(tag, panels, evaluator.state.epoch, dataformats="HWC")
 
-    def _close(self, engine: Engine, *_: BaseException) -> None:
+    def _close(self, engine: Engine) -> None:
         self.writer.close()
+
+    def _close_and_raise(self, engine: Engine, exception: BaseException) -> None:
+        self.writer.close()
+        raise exception  # an ignite engine takes an exception that has a handler for dealt with

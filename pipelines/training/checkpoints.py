@@ -1,8 +1,8 @@
 """Weights on disk: safetensors that say in their own header what they are.
 
 A file holds the network's tensors and, as JSON in the header, its *contract*: modalities, labels, spacing, patch, and
-every other value with which alone the weights are valid. Evaluation and inference read the contract from the weights, so a
-network can never be run with another preprocessing than it was trained with. Loading executes nothing.
+every other value with which alone the weights are valid. Evaluation and inference read the contract from the weights,
+so a network can never be run with another preprocessing than it was trained with. Loading executes nothing.
 """
 
 from __future__ import annotations
@@ -61,13 +61,14 @@ def read_header(path: str | Path) -> dict[str, Any]:
         raise BundleError(
             f"checkpoint {path}: unreadable", str(problem), "the file is damaged: take another checkpoint of the run"
         ) from problem
-    if HEADER_KEY not in metadata:
+    header = json.loads(metadata.get(HEADER_KEY, "{}"))
+    if "contract" not in header:
         raise BundleError(
             f"checkpoint {path}: no contract",
             "the file does not say for which modalities, labels and spacing it holds",
             "use weights written by a Fiducial training run",
         )
-    return json.loads(metadata[HEADER_KEY])
+    return header
 
 
 def read_contract(path: str | Path) -> dict[str, Any]:

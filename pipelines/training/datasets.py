@@ -6,7 +6,7 @@ they run can change what the network sees.
 
 from __future__ import annotations
 
-import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,19 +20,20 @@ from pipelines.progress import progress
 from transforms.errors import BundleError, DataError
 from transforms.gamma import refuse_gamma_after_normalisation
 
-logger = logging.getLogger(__name__)
-
 MAXIMUM_CENTRES = 20_000  # per class and case: enough to draw from, small enough to read in a millisecond
 
 
 class PatchCentres:
     """Add to a preprocessed case the voxels on which a patch may be centred: ``centres_<id>``, one array per class.
 
-    Class 0 stands for the foreground of the image (the brain), the others for the labels. At most ``MAXIMUM_CENTRES`` per
-    class, evenly spaced through the volume, int32 (n, spatial dims); a class that is absent has none.
+    Class 0 stands for the foreground of the image (the brain), the others for the labels. At most ``MAXIMUM_CENTRES``
+    per class, evenly spaced through the volume, int32 (n, spatial dims); a class that is absent has none.
 
     Args:
         label_ids: foreground label ids.
+
+    Raises:
+        DataError: no foreground.
     """
 
     def __init__(self, label_ids: Sequence[int], label_key: str = "label", foreground_key: str = "foreground") -> None:
@@ -43,6 +44,12 @@ class PatchCentres:
     def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
         data = dict(data)
         data["centres_0"] = _spread(np.argwhere(np.asarray(data[self.foreground_key])[0] > 0))
+        if not len(data["centres_0"]):
+            raise DataError(
+                f"case {data.get('case', '')}: key {self.foreground_key} is empty",
+                "0 voxels on which a patch could be centred",
+                "check the image and its brain mask",
+            )
         for label in self.label_ids:
             if self.label_key in data:
                 data[f"centres_{label}"] = _spread(np.argwhere(np.asarray(data[self.label_key])[0] == label))
@@ -60,18 +67,21 @@ class PatchDataset(Dataset):
     Args:
         data: items of ``case_items``.
         preparation: the deterministic chain (cached by content).
-        transform: the random chain, applied to each patch; may end in a smaller spatial size than the crop.
+        transform: the random chain, applied to each crop; may end in a smaller spatial size, about the crop's middle.
         cache_dir: folder of the content cache.
         label_ids: foreground labels.
-        crop_size: voxels of the crop along each axis; where a case is smaller, the patch is padded by the random chain.
+        crop_size: voxels of the crop along each axis; where it reaches beyond the case, it is filled with air.
         samples_per_epoch: length of the data set.
         foreground_probability: share of patches centred on a labelled voxel, if the case has one (each class equally
             often); the others are centred anywhere in the image's foreground.
         seed: the run's seed.
+        patch_size: voxels that the random chain keeps of the crop. The patch stays inside the case while the crop may
+            reach beyond it, so that the rim of a case is learnt from too. None = the chain keeps the whole crop.
 
     Raises:
-        DataError: no case, or no case with a label.
-        BundleError: gamma after a signed normalisation in the whole chain.
+        DataError: no case, a case without a label or without foreground.
+        BundleError: gamma after a signed normalisation in the whole chain, a share outside 0 to 1, a patch that is
+            larger than the crop or not in its middle.
     """
 
     def __init__(
@@ -85,6 +95,7 @@ class PatchDataset(Dataset):
         samples_per_epoch: int,
         foreground_probability: float = 0.5,
         seed: int = 0,
+        patch_size: Sequence[int] | None = None,
     ) -> None:
         refuse_gamma_after_normalisation([preparation, transform])
         _refuse_unlabelled(data, "training")
@@ -96,6 +107,7 @@ class PatchDataset(Dataset):
         self.transform = transform
         self.label_ids = tuple(label_ids)
         self.crop_size = tuple(int(s) for s in crop_size)
+        self.margin = _margin(self.crop_size, self.crop_size if patch_size is None else patch_size)
         self.samples_per_epoch = int(samples_per_epoch)
         self.foreground_probability = float(foreground_probability)
         self.seed = int(seed)
@@ -112,7 +124,7 @@ class PatchDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         draw = np.random.default_rng([self.seed, self.epoch, int(index)])
         case = self.cases[int(draw.integers(len(self.cases)))]
-        window = crop_window(self._centre(case, draw), self.crop_size, case.array("image").shape[1:])
+        window = crop_window(self._centre(case, draw), self.crop_size, case.array("image").shape[1:], self.margin)
         item: dict[str, Any] = {"case": case.values["case"]}
         for key in case.arrays:
             if not key.startswith("centres_"):
@@ -168,13 +180,33 @@ def prepare(cache: CaseCache, data: Sequence[Mapping[str, Any]], name: str) -> l
     return [cache.get(item) for item in progress(data, f"preparing {name} cases")]
 
 
-def crop_window(centre: np.ndarray, size: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
-    """Return the window of ``size`` voxels around ``centre``, moved inside the array; the whole axis where it is shorter.
+def crop_window(
+    centre: np.ndarray, size: Sequence[int], shape: Sequence[int], margin: Sequence[int] | None = None
+) -> tuple[slice, ...]:
+    """Return the window of ``size`` voxels around ``centre``, moved until all but its ``margin`` lies inside the array.
 
-    The centre stays inside the window. With size 4 on an axis of 10: centre 5 -> 3:7, centre 0 -> 0:4, centre 9 -> 6:10.
+    With size 4 on an axis of 10: centre 5 -> 3:7, centre 0 -> 0:4, centre 9 -> 6:10; with a margin of 1 on either side,
+    centre 0 -> -1:3. Where the axis is shorter than the window without its margins, it stands in the window's middle:
+    size 6 on an axis of 3 -> -1:5. The centre always stays inside, and never in the margin.
     """
-    starts = [int(np.clip(c - s // 2, 0, max(length - s, 0))) for c, s, length in zip(centre, size, shape, strict=True)]
-    return tuple(slice(a, min(a + s, length)) for a, s, length in zip(starts, size, shape, strict=True))
+    window = []
+    for c, s, length, m in zip(centre, size, shape, margin or [0] * len(size), strict=True):
+        room = length - (s - 2 * m)
+        start = int(np.clip(c - s // 2, -m, room - m)) if room >= 0 else -((s - length) // 2)
+        window.append(slice(start, start + s))
+    return tuple(window)
+
+
+def _margin(crop_size: Sequence[int], patch_size: Sequence[int]) -> list[int]:
+    if len(patch_size) != len(crop_size) or any(
+        c < p or (c - p) % 2 for c, p in zip(crop_size, patch_size, strict=True)
+    ):
+        raise BundleError(
+            f"patch_size {list(patch_size)}, crop_size {list(crop_size)}",
+            "expected a crop that is larger by an even number of voxels: its middle lies between voxels otherwise",
+            "take crop_size from crop_with_margin(patch_size, factor)",
+        )
+    return [(c - p) // 2 for c, p in zip(crop_size, patch_size, strict=True)]
 
 
 def _refuse_unlabelled(data: Sequence[Mapping[str, Any]], split: str) -> None:
@@ -192,8 +224,12 @@ def _refuse_unlabelled(data: Sequence[Mapping[str, Any]], split: str) -> None:
 
 
 def crop_with_margin(patch_size: Sequence[int], factor: float) -> list[int]:
-    """Return the crop to draw for a patch: ``factor`` times as large, rounded up, so that a rotated patch stays inside it."""
-    return [-(-int(size * factor * 1000) // 1000) if size > 1 else 1 for size in patch_size]
+    """Return the crop to draw for a patch: ``factor`` times as large or a little more, so that it can be rotated in it.
+
+    The same number of voxels is added on either side: an odd difference would put every voxel of the patch between two
+    of the crop, which blurs the image and breaks the label. An axis of one voxel is left alone.
+    """
+    return [size + 2 * math.ceil(round(size * (factor - 1) / 2, 6)) if size > 1 else 1 for size in patch_size]
 
 
 def collate_batch(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

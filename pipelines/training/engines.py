@@ -1,7 +1,7 @@
 """Assemble a training run from MONAI's engines; nothing is computed here.
 
-Every bundle trains through ``supervised_trainer``: what differs between tasks (data, network, loss, inferer, metric) comes
-in as an argument.
+Every bundle trains through ``supervised_trainer``: what differs between tasks (data, network, loss, inferer, metric)
+comes in as an argument.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ignite.engine import Engine
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.handlers import ValidationHandler
 from monai.inferers import Inferer, SimpleInferer
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from pipelines.inference.inferers import AutocastInferer
@@ -47,7 +48,7 @@ def patch_loader(dataset: Any, batch_size: int, workers: int) -> DataLoader:
 def supervised_trainer(
     *,
     network: torch.nn.Module,
-    average: torch.nn.Module,
+    average: AveragedModel,
     loss: torch.nn.Module,
     loader: DataLoader,
     optimizer: torch.optim.Optimizer,
@@ -73,14 +74,21 @@ def supervised_trainer(
     Args:
         average: ``averaged_network(network, decay)``; validated and saved in place of the network.
         loss: on logits, with ``last_terms`` for the log.
+        loader: batches of ``collate_batch``; its data set has ``set_epoch``.
         run: the run's folder.
         header: what the weights' header says besides epoch and metric (must hold the ``contract``).
         colours: ``#rrggbb`` per label id, for the overlays.
         precision: from ``choose_precision``; fp16 trains with scaled gradients.
         validator: validates ``average.module`` every ``validation_interval`` epochs; None = no validation cases.
-        early_stopping_patience: epochs without improvement, counted after the warm-up and a quarter of the run; 0 = never stop.
+        early_stopping_patience: epochs without improvement, counted after the warm-up and a quarter of the run;
+            0 = never stop.
         handlers: further ignite handlers of the bundle.
+
+    Raises:
+        BundleError: a hyper-parameter with which nothing could be learnt.
     """
+    if accumulation_steps < 1:
+        raise BundleError(f"accumulation_steps {accumulation_steps}", "at least 1 expected", "correct it")
     steps_per_epoch = -(-len(loader) // accumulation_steps)
     scheduler = polynomial_with_warmup(
         optimizer, steps_per_epoch * max_epochs, steps_per_epoch * warmup_epochs, decay_power
@@ -126,7 +134,7 @@ def supervised_trainer(
 
 
 def train(trainer: SupervisedTrainer, run: str | Path) -> None:
-    """Run the training; write its outcome (best metric, epochs, minutes, history) into ``record.json`` of the run's folder."""
+    """Run the training; add its outcome (best metric, epochs, minutes, history) to ``record.json`` of the run."""
     started = time.monotonic()
     logger.info("training in %s; watch it with: tensorboard --logdir %s", run, Path(run) / "tensorboard")
     trainer.run()
@@ -154,7 +162,7 @@ def validator_or_none(evaluator: Engine, dataset: Any) -> Engine | None:
 
 
 def training_inferer(precision: str) -> Inferer:
-    """Return the inferer of a training step: one forward pass; fp16 is left to the trainer, which scales the gradients."""
+    """Return the inferer of a training step, one forward pass; fp16 is left to the trainer, which scales gradients."""
     if precision == "fp16":
         return SimpleInferer()
     return AutocastInferer(precision)

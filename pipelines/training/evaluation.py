@@ -11,6 +11,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from ignite.engine import Engine, Events
+from nibabel.affines import voxel_sizes
 
 from pipelines.manifests import Label
 from pipelines.metrics import segmentation_metrics, summarise
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class CaseMetrics:
-    """Measure every prediction on the grid of its image; write ``per_case.csv``, ``summary.json`` and an overlay per case.
+    """Measure every prediction on its image's grid; write ``per_case.csv``, ``summary.json`` and an overlay per case.
 
     Args:
         labels: the bundle's label table.
@@ -60,20 +61,21 @@ class CaseMetrics:
             case, reference = batch["case"], batch[self.reference_key]
             prediction = np.asarray(item["pred"].cpu())[0].astype(np.int16)
             truth = np.asarray(reference.cpu())[0].astype(np.int16)
-            spacing = tuple(float(s) for s in nib.affines.voxel_sizes(np.asarray(reference.affine)))
+            spacing = tuple(float(s) for s in voxel_sizes(np.asarray(reference.affine)))
             results = segmentation_metrics(prediction, truth, spacing, self.names, self.tolerance, case)
             self.rows += [{"case": case, "subject": self.subjects[case], **result} for result in results]
             self._draw(item["image"].meta["filename_or_obj"], truth, prediction, case)
 
     def _draw(self, source: str, truth: np.ndarray, prediction: np.ndarray, case: str) -> None:
         image = nib.load(source)
-        planes = [nib.as_closest_canonical(nib.Nifti1Image(a, image.affine)) for a in (truth, prediction)]
+        truth, prediction = (
+            np.asarray(nib.as_closest_canonical(nib.Nifti1Image(a, image.affine)).dataobj) for a in (truth, prediction)
+        )
         voxels = np.asarray(nib.as_closest_canonical(image).dataobj, dtype=np.float32)
         voxels = voxels[..., 0] if voxels.ndim == 4 else voxels
         dice = [row["dice"] for row in self.rows if row["case"] == case and row["dice"] is not None]
         title = f"{case}: mean Dice {np.mean(dice):.3f}" if dice else case
-        arrays = [np.asarray(plane.dataobj) for plane in planes]
-        save_overlay_figure(self.folder / "overlays" / f"{case}.png", voxels, *arrays, self.colours, title)
+        save_overlay_figure(self.folder / "overlays" / f"{case}.png", voxels, truth, prediction, self.colours, title)
 
     def _write(self, engine: Engine) -> None:
         summary = {"source": self.source, **summarise(self.rows)}

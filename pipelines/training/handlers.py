@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def optimizer_steps_now(engine: Engine) -> bool:
-    """Return whether MONAI's trainer steps the optimiser in this iteration (gradient accumulation, end of the epoch)."""
+    """Return whether MONAI's trainer steps the optimiser now: enough batches are accumulated, or the epoch ends."""
     local = (engine.state.iteration - 1) % engine.state.epoch_length + 1
     return local % engine.accumulation_steps == 0 or local == engine.state.epoch_length
 
@@ -36,6 +36,10 @@ class ClipGradients:
     """Scale the gradients down to a total norm of ``max_norm`` before every optimiser step."""
 
     def __init__(self, max_norm: float) -> None:
+        if not max_norm > 0:
+            raise BundleError(
+                f"clip_norm {max_norm}", "gradients of norm 0 teach nothing", "take a positive number, or .inf for none"
+            )
         self.max_norm = max_norm
 
     def attach(self, engine: Engine) -> None:
@@ -105,7 +109,7 @@ class KeepCheckpoints:
     Args:
         folder: the run's ``checkpoints``.
         network: what is saved (the averaged weights).
-        header: returns what goes into the file's header besides epoch and metric.
+        header: what goes into the file's header besides epoch, metric and history; must hold ``contract``.
         validator: the evaluator whose key metric decides, or None (then there is no ``best``).
         min_delta: how much better counts as better.
     """
@@ -136,7 +140,7 @@ class KeepCheckpoints:
         entry: dict[str, Any] = {"epoch": epoch, "loss": engine.state.metrics.get("loss")}
         metric = validated_metric(self.validator, epoch)
         if self.validator is not None and metric is not None:
-            entry |= {name: float(value) for name, value in self.validator.state.metrics.items()}
+            entry |= {name: finite_or_none(float(value)) for name, value in self.validator.state.metrics.items()}
         self.history.append(entry)
         if is_better(metric, self.best_metric, self.min_delta):
             self.best_metric, self.best_epoch = metric, epoch
@@ -144,7 +148,8 @@ class KeepCheckpoints:
         self._save("last", epoch, metric)
 
     def _save(self, name: str, epoch: int, metric: float | None) -> None:
-        header = {**self.header, "epoch": epoch, "metric": metric, "best_metric": self.best_metric}
+        shown = None if metric is None else finite_or_none(metric)  # JSON has no NaN
+        header = {**self.header, "epoch": epoch, "metric": shown, "best_metric": self.best_metric}
         save_weights(self.network, {**header, "history": self.history}, self.folder / f"{name}.safetensors")
 
 
@@ -152,6 +157,7 @@ class StopEarly:
     """End the run when the validated metric has not improved for ``patience`` epochs.
 
     It counts only from ``first_epoch`` on: a network that is still warming up stands still for a while and then learns.
+    It judges only in epochs with a validation: in between nothing could have improved.
     """
 
     def __init__(self, keeper: KeepCheckpoints, patience: int, first_epoch: int) -> None:
@@ -167,7 +173,7 @@ class StopEarly:
 
     def __call__(self, engine: Engine) -> None:
         since = engine.state.epoch - max(self.keeper.best_epoch, self.first_epoch)
-        if since >= self.patience:
+        if since >= self.patience and validated_metric(self.keeper.validator, engine.state.epoch) is not None:
             logger.info(
                 "stopping after epoch %d: no improvement since epoch %d (patience %d)",
                 engine.state.epoch,
@@ -239,7 +245,7 @@ class ReportProgress:
 
 
 def _figures(engine: Engine) -> list[str]:
-    """Return the metrics of an engine for one line of a log; counts and terms of single heads are left to TensorBoard."""
+    """Return the metrics of an engine for one line of a log; counts and single heads are left to TensorBoard."""
     shown = {k: float(v) for k, v in engine.state.metrics.items() if not k.startswith("n_") and "/" not in k}
     return [f"{name} {value:.4f}" for name, value in sorted(shown.items())]
 
@@ -249,6 +255,11 @@ def validated_metric(validator: Engine | None, epoch: int) -> float | None:
     if validator is None or validator.state.epoch != epoch or not validator.state.metrics:
         return None
     return float(validator.state.metrics[validator.state.key_metric_name])
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return ``value``, or None where it is NaN or infinite."""
+    return value if math.isfinite(value) else None
 
 
 def is_better(metric: float | None, best: float | None, min_delta: float = 0.0) -> bool:

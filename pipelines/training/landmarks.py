@@ -1,4 +1,4 @@
-"""Histogram landmarks of a bundle: fitted on its training cases, at the very stage of the chain where they are applied."""
+"""Histogram landmarks of a bundle: fitted on its training cases, at that stage of the chain where they are applied."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def read_landmarks(path: str | Path) -> dict[str, Any] | None:
 def fit_landmarks_of_bundle(bundle: str, output: str | Path, overrides: Mapping[str, Any]) -> StandardLandmarks:
     """Fit landmarks on the training split with the bundle's own chain and write them as JSON.
 
-    Statistics of another stage (before the bias correction, before the resampling) would not fit what they are applied to
-    (rule R03), so everything in front of the standardisation runs first.
+    Statistics of another stage (before the bias correction, before the resampling) would not fit what they are applied
+    to (rule R03), so everything in front of the standardisation runs first.
 
     Args:
         bundle: path or name.

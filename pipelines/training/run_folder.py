@@ -21,7 +21,7 @@ import yaml
 
 from pipelines.files import write_atomically, write_json
 from pipelines.manifests import Manifest
-from transforms.errors import BundleError, UsageError
+from transforms.errors import BundleError, ResourceError, UsageError
 
 _RECORDED = ("fiducial", "monai", "torch", "pytorch-ignite", "numpy", "scipy", "nibabel", "SimpleITK", "scikit-image")
 
@@ -57,18 +57,43 @@ def create_run(runs_dir: str | Path, bundle: str, name: str = "", ready: Sequenc
 
     Raises:
         UsageError: a run of this name exists already, or the name is not a plain folder name.
+        ResourceError: the folder cannot be made.
     """
     refuse_existing_run(runs_dir, bundle, name)
     folder = Path(runs_dir).resolve() / bundle / (str(name) or new_run_name())
-    for part in ("tensorboard", "checkpoints", "metrics"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
+    try:
+        folder = folder if name else _free_folder(folder)
+        for part in ("checkpoints", "tensorboard", "metrics"):
+            (folder / part).mkdir(parents=True)
+    except FileExistsError:  # another process was quicker by a moment
+        refuse_existing_run(runs_dir, bundle, folder.name)
+        raise
+    except OSError as problem:
+        raise ResourceError(
+            f"run {folder} cannot be made",
+            str(problem),
+            "free space, fix the permissions, or choose another --runs_dir",
+        ) from problem
     return folder
+
+
+def _free_folder(folder: Path) -> Path:
+    """Make and return ``folder``, or the first of ``folder-2``, ``folder-3``, ... that is not there yet."""
+    candidate, number = folder, 1
+    while True:
+        try:
+            candidate.mkdir(parents=True)
+            return candidate
+        except FileExistsError:
+            number += 1
+            candidate = folder.with_name(f"{folder.name}-{number}")
 
 
 def find_checkpoint(runs_dir: str | Path, bundle: str, name: str = "", checkpoint: str = "") -> Path:
     """Return the weights to use: ``checkpoint`` if given, else the best of run ``name``, else of the newest run.
 
-    Where a run had no validation cases there is no best, and its last weights are taken.
+    Where a run had no validation cases there is no best, and its last weights are taken. The newest run is the one that
+    wrote weights last; evaluating an old run does not make it new.
 
     Raises:
         BundleError: there is no such file, run or checkpoint.
@@ -78,8 +103,9 @@ def find_checkpoint(runs_dir: str | Path, bundle: str, name: str = "", checkpoin
             raise BundleError(f"checkpoint {checkpoint}: no such file", "no weights there", "check --checkpoint")
         return Path(checkpoint).resolve()
     folder = Path(runs_dir).resolve() / bundle
-    runs = [folder / name] if name else sorted(folder.glob("*"), key=lambda run: run.stat().st_mtime, reverse=True)
-    for run in runs:
+    name = str(name)
+    newest = sorted(folder.glob("*/checkpoints/*.safetensors"), key=lambda file: file.stat().st_mtime, reverse=True)
+    for run in [folder / name] if name else [weights.parent.parent for weights in newest]:
         for kind in ("best", "last"):
             weights = run / "checkpoints" / f"{kind}.safetensors"
             if weights.is_file():
@@ -100,7 +126,8 @@ def results_folder(weights: Path, output_dir: str, source: Mapping[str, str]) ->
     """Return the folder ``metrics`` for results of these weights, sure that no result of another source is lost.
 
     Raises:
-        UsageError: there are results of another cohort or split, or the weights belong to no run and no folder was given.
+        UsageError: there are results of another cohort or split, or the weights belong to no run and no folder was
+            given.
     """
     folder = run_of(weights, output_dir) / "metrics"
     summary = folder / "summary.json"
@@ -173,6 +200,9 @@ def _commit() -> str | None:
     """Return the git commit of the code, marked where files differ from it, or None outside a repository."""
     here = Path(__file__).resolve().parent
     try:
+        # where the package is installed inside someone else's repository, that one's commit says nothing about it
+        tracked = ["git", "ls-files", "--error-unmatch", Path(__file__).name]
+        subprocess.run(tracked, cwd=here, capture_output=True, check=True)
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
         changed = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
