@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +37,8 @@ def begin(seed: int = 0) -> None:
     explain_errors()
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
+    # MONAI's surface Dice calls its own deprecated argument; a user can do nothing about it
+    warnings.filterwarnings("ignore", message=".*always_return_as_numpy.*", category=FutureWarning)
     lint(calling_config())
     set_determinism(seed=seed)
 

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def overrides_of(rest: Sequence[str]) -> dict[str, Any]:
-    """Return ``--key value`` and ``--key=value`` pairs as MONAI's own command would read them (Python literals, else text).
+    """Return ``--key value`` and ``--key=value`` pairs, read as MONAI's own command does: Python literals, else text.
 
     Raises:
         UsageError: a value without a key, or a key without a value.

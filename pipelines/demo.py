@@ -27,7 +27,7 @@ TRAINING = {"spacing": list(SPACING_MM), "patch_size": [48, 48, 48], "max_epochs
 def head_cohort(
     folder: Path, subjects: int, spacing_mm: Sequence[float], seed: int, modalities: Sequence[str]
 ) -> Manifest:
-    """Generate the embedded head cohort in ``folder`` with its manifest; return the manifest (that of before, if there)."""
+    """Return the manifest of the embedded head cohort in ``folder``, generated there unless it is there already."""
     path = folder / "manifest.json"
     if path.is_file():
         return load_manifest(path, check="sha256")
@@ -48,7 +48,7 @@ def head_cohort(
 
 
 def demo(folder: Path) -> None:
-    """Generate the cohort, train, evaluate on the test subjects, predict one of them as a user would; print what came out.
+    """Generate the cohort, train, evaluate on the test subjects, predict one of them as a user would; print all.
 
     Raises:
         FiducialError: the network did not learn (validation Dice below ``EXPECTED_DICE``).
@@ -79,7 +79,7 @@ def demo(folder: Path) -> None:
 def _report(run: Path, folder: Path, seconds: float) -> None:
     outcome = json.loads((run / "record.json").read_text())["outcome"]
     print(
-        f"\nvalidation Dice {outcome['best_metric']:.3f} (epoch {outcome['best_epoch']}), all of it in {seconds / 60:.1f} min"
+        f"\nvalidation Dice {outcome['best_metric']:.3f} (epoch {outcome['best_epoch']}), {seconds / 60:.1f} min in all"
     )
     print(f"run folder   {run}")
     print(f"results      {run / 'metrics' / 'per_case.csv'}")

@@ -10,6 +10,7 @@ import re
 from typing import ClassVar
 
 _THREE_LINES = re.compile(r"error: (?P<what>.*)\n +why: (?P<why>.*)\n +fix: (?P<fix>.*)")
+_RELAYED = re.compile(r"\.(?P<kind>UsageError|DataError|BundleError|ResourceError): " + _THREE_LINES.pattern)
 
 
 class FiducialError(Exception):
@@ -62,12 +63,17 @@ class ResourceError(FiducialError):
 def find_error(exception: BaseException | None) -> FiducialError | None:
     """Return the ``FiducialError`` at the root of ``exception``, or None.
 
-    MONAI wraps what a transform or a constructor raises in a ``RuntimeError``: the refusal is found down the chain of causes.
+    MONAI wraps what a transform or a constructor raises in a ``RuntimeError``: the refusal is found down the chain of
+    causes, or in the traceback that a DataLoader worker hands over as text.
     """
     seen: set[int] = set()
     while exception is not None and id(exception) not in seen:
         if isinstance(exception, FiducialError):
             return exception
+        relayed = _RELAYED.search(str(exception))
+        if relayed:
+            kinds = {kind.__name__: kind for kind in (UsageError, DataError, BundleError, ResourceError)}
+            return kinds[relayed["kind"]](relayed["what"], relayed["why"], relayed["fix"])
         seen.add(id(exception))
-        exception = exception.__cause__ or exception.__context__
+        exception = exception.__cause__ or (None if exception.__suppress_context__ else exception.__context__)
     return None

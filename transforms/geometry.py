@@ -1,7 +1,8 @@
 """Bring a case to the grid that a network was trained on, and its prediction back.
 
-MONAI's transforms do the work and keep the record for the way back; what is added here is a rule that cannot be broken by
-a forgotten argument: labels and masks move by nearest neighbour, images by the declared order, and nothing is cropped away.
+MONAI's transforms do the work and keep the record for the way back; what is added here is a rule that cannot be broken
+by a forgotten argument: labels and masks move by nearest neighbour, images by the declared order, and an empty crop is
+refused.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class ToRASd(Orientationd):
 
 
 class ResampleToSpacingd(Spacingd):
-    """Resample to ``spacing_mm``: images by spline of ``order``, labels and masks by nearest neighbour, always. Invertible.
+    """Resample to ``spacing_mm``: images by spline of ``order``, labels and masks always by nearest; invertible.
 
     Args:
         image_keys: channel-first intensity images (C, X, Y, Z) float32.
@@ -64,7 +65,8 @@ class ResampleToSpacingd(Spacingd):
             pixdim=[float(s) if s > 0 else float("nan") for s in spacing_mm],
             mode=[image_mode] * len(images) + ["nearest"] * len(labels),
             padding_mode=["border" if order == 1 else "nearest"] * len(images) + ["border"] * len(labels),
-            align_corners=True,
+            # With an integer mode and align_corners MONAI 1.6 shrinks the image about its middle, away from its label.
+            align_corners=[order == 1] * len(images) + [True] * len(labels),
             dtype=[torch.float64] * len(images) + [torch.float64] * len(labels),
             allow_missing_keys=True,
         )

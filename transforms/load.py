@@ -25,16 +25,16 @@ class LoadCased(Transform):
     """Replace the paths of a case by channel-first ``MetaTensor`` arrays (affine in mm, RAS+ world).
 
     Args:
-        image_key: its value is a list of paths, one per modality, in the order of the network's channels; ``None`` stands
-            for a modality that this case does not have. Result: (C, X, Y, Z) float32.
+        image_key: its value is a list of paths, one per modality, in the order of the network's channels; ``None``
+            stands for a modality that this case does not have. Result: (C, X, Y, Z) float32.
         label_keys: label maps; source values are translated to label ids by the item's ``label_values``
             (pairs ``[value, id]``). Result: (1, X, Y, Z) uint8.
         mask_keys: binary masks (voxels > 0.5). Result: (1, X, Y, Z) uint8.
         optional: names of the modalities that may be missing; their channel is then filled with zeros.
         modalities: names of the channels, for messages and for ``optional``.
 
-    Keys that the item does not have are left out, except the image. The item's ``channels`` (same length as the image's
-    list) picks one channel of a four-dimensional file.
+    Keys that the item does not have, or has as None, are left out, except the image. The item's ``channels`` (same
+    length as the image's list) picks one channel of a four-dimensional file.
 
     Raises:
         DataError: a missing, damaged, non-finite or off-grid file, a label value outside the table, a required modality
@@ -60,15 +60,16 @@ class LoadCased(Transform):
         case = str(item.get("case", ""))
         header, item[self.image_key] = self._read_image(item, case)
         table = dict(item["label_values"]) if item.get("label_values") else None
-        for key in self.label_keys:
-            if item.get(key) is not None:
-                check_same_grid(header, read_header(item[key], case=case, key=key), case=case, key=key)
-                item[key] = _with_grid(read_label(item[key], table, case=case, key=key)[None], header)
-        for key in self.mask_keys:
-            if item.get(key) is not None:
-                check_same_grid(header, read_header(item[key], case=case, key=key), case=case, key=key)
-                mask = read_voxels(item[key], case=case, key=key) > 0.5
-                item[key] = _with_grid(mask[None].astype(np.uint8), header)
+        for key in (*self.label_keys, *self.mask_keys):
+            if item.get(key) is None:
+                item.pop(key, None)
+                continue
+            check_same_grid(header, read_header(item[key], case=case, key=key), case=case, key=key)
+            if key in self.label_keys:
+                voxels = read_label(item[key], table, case=case, key=key)
+            else:
+                voxels = (read_voxels(item[key], case=case, key=key) > 0.5).astype(np.uint8)
+            item[key] = _with_grid(voxels[None], header)
         return {key: value for key, value in item.items() if key not in _ABOUT_FILES}
 
     def _read_image(self, item: dict[Hashable, Any], case: str) -> tuple[NiftiHeader, MetaTensor]:

@@ -12,8 +12,9 @@ from transforms.errors import BundleError
 
 
 class RandDropModalityd(MapTransform, Randomizable):
-    """Set optional channels to the background value, each with probability ``prob``; at least one channel always stays.
+    """Set optional channels to the background value, each with probability ``prob``; one with an image always stays.
 
+    A channel that is background everywhere is a modality that the case lacks: it does not count as one that stays.
     At inference a missing modality arrives as a constant channel, which the z-score turns into the background value:
     the network must have seen exactly that in training.
 
@@ -51,15 +52,17 @@ class RandDropModalityd(MapTransform, Randomizable):
         self._drop: list[int] = []
 
     def randomize(self, data: Any = None) -> None:
-        """Draw the channels to drop."""
+        """Draw the channels to drop from an image (C, *spatial)."""
         drop = [channel for channel in self.optional if self.R.rand() < self.prob]
-        if len(drop) == self.channels:
-            drop.remove(drop[int(self.R.randint(len(drop)))])
+        kept = int(self.R.randint(self.channels))
+        present = [channel for channel in range(self.channels) if bool((data[channel] != self.background).any())]
+        if present and set(present) <= set(drop):
+            drop.remove(present[kept % len(present)])
         self._drop = drop
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
         result = dict(data)
-        self.randomize()
+        self.randomize(result[self.first_key(result)])
         if self._drop:
             for key in self.key_iterator(result):
                 image = result[key].clone()

@@ -19,9 +19,9 @@ def items_from_path(
     """Return the items of a NIfTI file, of a case's folder, or of a folder of either.
 
     A file belongs to the modality whose name it ends with (``FLAIR.nii.gz``, ``sub-01_flair.nii.gz``) or, in nnU-Net's
-    way, whose index (``case_0001.nii.gz``); what stands before is the case, or else the folder's name. Where there is only
-    one modality, any other name is a case of its own. ``brain.nii.gz`` or ``<case>_brain.nii.gz`` is the case's brain mask; other
-    masks and label maps (by name) are passed over.
+    way, whose index (``case_0001.nii.gz``); what stands before is the case, or else the folder's name. Where there is
+    only one modality, any other name is a case of its own. ``brain.nii.gz`` or ``<case>_brain.nii.gz`` is the case's
+    brain mask; other masks and label maps (by name) are passed over.
 
     Args:
         source: file or folder.
@@ -58,7 +58,7 @@ def items_from_path(
 
 
 def recognise(file: Path, top: str, modalities: Sequence[str]) -> tuple[str, str] | None:
-    """Return (case, modality or mask role) of an image file by its name, or None where its name says that it is neither.
+    """Return (case, modality or mask role) of a file by its name, or None where its name says that it is neither.
 
     Args:
         file: path relative to the input folder.

@@ -85,7 +85,7 @@ def test_a_repeated_block_is_found() -> None:
 
 
 def wrong_ids(workflow: ConfigWorkflow) -> list[str]:
-    """Return MONAI's properties that the configuration lacks or defines under another id, without instantiating anything."""
+    """Return MONAI's properties that the configuration lacks or defines under another id, nothing instantiated."""
     required = [p[BundlePropertyConfig.ID] for p in workflow.properties.values() if p[BundleProperty.REQUIRED]]
     absent = [identity for identity in required if identity not in workflow.parser]
     optional = {name: p for name, p in workflow.properties.items() if not p[BundleProperty.REQUIRED]}
