@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
-import tempfile
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -130,21 +128,6 @@ def fit_landmarks(
     return StandardLandmarks(
         tuple(float(p) for p in percentiles), tuple(tuple(float(v) for v in channel) for channel in standard)
     )
-
-
-def save_landmarks(landmarks: StandardLandmarks, path: str | Path) -> None:
-    """Write ``landmarks`` as JSON to ``path``: complete or not at all."""
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(landmarks.to_dict(), file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def load_landmarks(path: str | Path) -> StandardLandmarks:

@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 
+from pipelines.cli import main
 from pipelines.demo import head_cohort
 from pipelines.runner import BUNDLES
 
@@ -40,3 +43,43 @@ def trained(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = monai_bundle("configs/train.yaml", "--manifest", str(cohort), *where, *SMALL)
     assert done.returncode == 0, done.stderr
     return runs / BUNDLE.name / "small"
+
+
+MODALITIES = ("flair", "t1")
+QUICK = ["--max_epochs", "1", "--steps_per_epoch", "1", "--warmup_epochs", "0", "--spacing", "[3.0,3.0,3.0]"]
+QUICK += ["--patch_size", "[16,16,16]", "--filters", "[4,8,8]"]
+
+
+def save(path: Path, voxels: np.ndarray, affine: np.ndarray | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(voxels, np.diag([3.0, 3.0, 3.0, 1.0]) if affine is None else affine), path)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Three subjects of 20 x 22 x 18 voxels, with a manifest."""
+    rng = np.random.default_rng(0)
+    for subject in ("a", "b", "c"):
+        brain = np.zeros((20, 22, 18), np.float32)
+        brain[3:17, 3:19, 3:15] = 1
+        lesion = np.zeros(brain.shape, np.uint8)
+        lesion[8:11, 8:12, 7:10] = 1
+        for modality in MODALITIES:
+            noisy = brain * (100 + rng.normal(0, 5, brain.shape)).astype(np.float32)
+            save(tmp_path / "data" / subject / f"{modality}.nii.gz", noisy)
+        save(tmp_path / "data" / subject / "lesion.nii.gz", lesion)
+    assert import_data(tmp_path / "data") == 0
+    return tmp_path / "data"
+
+
+def import_data(folder: Path, *more: str) -> int:
+    images = [word for name in MODALITIES for word in ("--image", f"{name}={{subject}}/{name}.nii.gz")]
+    names = ["--name", "small", "--validation", "b", "--test", "c", "-o", str(folder / "manifest.json")]
+    label = ["--label", "{subject}/lesion.nii.gz"]
+    return main(["manifest", "import", "folder", str(folder), *images, *label, *names, *more])
+
+
+def train(folder: Path, *more: str) -> int:
+    runs = folder.parent / "runs"
+    where = ["--runs_dir", str(runs), "--cache_dir", str(folder.parent / "cache"), "--run_name", "r"]
+    return main(["train", str(BUNDLE), "--manifest", str(folder / "manifest.json"), *where, *QUICK, *more])
