@@ -119,9 +119,16 @@ def reference_items(
 
 
 def prediction_items(
-    source: str | Path, manifest: str | Path, split: str, contract: Mapping[str, Any]
+    source: str | Path, manifest: str | Path, split: str, contract: Mapping[str, Any], root: str | None = None
 ) -> list[dict[str, Any]]:
     """Return the items to predict: of a file or folder if one is given, else of the manifest's split.
+
+    Args:
+        source: file or folder, or an empty text.
+        manifest: the cohort to take where there is no source.
+        split: of the manifest.
+        contract: of the weights.
+        root: where the cohort's files lie, if not where the manifest says.
 
     Raises:
         DataError: nothing to predict, or a brain mask is needed and missing.
@@ -130,7 +137,7 @@ def prediction_items(
     if source:
         items = items_from_path(source, contract["modalities"], contract["optional_modalities"])
         return [_with_foreground(item, contract["foreground"]) for item in items]
-    cohort = load_manifest(manifest)
+    cohort = load_manifest(manifest, root=root)
     items = contract_items(cohort, split, contract)
     _refuse_empty(items, cohort, split)
     return [{key: value for key, value in item.items() if key != "label"} for item in items]

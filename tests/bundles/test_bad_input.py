@@ -12,10 +12,11 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import BUNDLE, import_data, monai_bundle, save, train
+from bundle_runs import BUNDLE, import_data, monai_bundle, save, train
 
 from pipelines.cli import main
 from pipelines.manifests.digest import file_digest
+
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path = folder / "manifest.json"

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import BUNDLE, monai_bundle
+from bundle_runs import BUNDLE, monai_bundle
 from monai.bundle import ConfigWorkflow
 
 from pipelines.cli import main

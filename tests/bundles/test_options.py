@@ -8,7 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import BUNDLE, import_data, train
+from bundle_runs import BUNDLE, import_data, train
 
 from pipelines.cli import main
 from pipelines.training import read_contract
@@ -83,5 +83,8 @@ def test_the_same_command_gives_the_same_weights(data: Path) -> None:
     assert train(data, "--max_epochs", "2", "--steps_per_epoch", "3") == 0
     again = ["--run_name", "again", "--max_epochs", "2", "--steps_per_epoch", "3"]
     assert train(data, *again) == 0
-    first, second = (weights_of(data), data.parent / "runs" / BUNDLE.name / "again" / "checkpoints" / "best.safetensors")
+    first, second = (
+        weights_of(data),
+        data.parent / "runs" / BUNDLE.name / "again" / "checkpoints" / "best.safetensors",
+    )
     assert first.read_bytes() == second.read_bytes()
