@@ -39,7 +39,7 @@ class CaseMetrics:
         nsd_tolerance_mm: float,
         folder: str | Path,
         subjects: Mapping[str, str],
-        source: Mapping[str, str],
+        source: Mapping[str, Any],
         reference_key: str = "reference",
     ) -> None:
         self.names = {label.id: label.name for label in labels if label.id > 0}

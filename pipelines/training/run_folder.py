@@ -21,6 +21,7 @@ import yaml
 
 from pipelines.files import write_atomically, write_json
 from pipelines.manifests import Manifest
+from pipelines.manifests.digest import file_digest
 from transforms.errors import BundleError, ResourceError, UsageError
 
 _RECORDED = ("fiducial", "monai", "torch", "pytorch-ignite", "numpy", "scipy", "nibabel", "SimpleITK", "scikit-image")
@@ -117,24 +118,25 @@ def find_checkpoint(runs_dir: str | Path, bundle: str, name: str = "", checkpoin
     )
 
 
-def source_of(cohort: Manifest, split: str) -> dict[str, str]:
-    """Return what results are results of: cohort, its digest, and the split."""
-    return {"cohort": cohort.name, "manifest_digest": cohort.digest, "split": split}
+def source_of(cohort: Manifest, split: str, fold: int | None, weights: str | Path) -> dict[str, Any]:
+    """Return what results are results of: cohort, its digest, split and fold, and the digest of the weights."""
+    digests = {"manifest_digest": cohort.digest, "weights_sha256": file_digest(Path(weights))}
+    return {"cohort": cohort.name, "split": split, "fold": fold, **digests}
 
 
-def results_folder(weights: Path, output_dir: str, source: Mapping[str, str]) -> Path:
+def results_folder(weights: Path, output_dir: str, source: Mapping[str, Any]) -> Path:
     """Return the folder ``metrics`` for results of these weights, sure that no result of another source is lost.
 
     Raises:
-        UsageError: there are results of another cohort or split, or the weights belong to no run and no folder was
-            given.
+        UsageError: there are results of another cohort, split or network; or the weights belong to no run and no
+            folder was given.
     """
     folder = run_of(weights, output_dir) / "metrics"
     summary = folder / "summary.json"
     earlier = json.loads(summary.read_text()).get("source") if summary.is_file() else None
     if earlier is not None and earlier != dict(source):
         raise UsageError(
-            f"{folder} holds results of another cohort or split",
+            f"{folder} holds results of another cohort, split or network",
             f"there: {earlier}, now: {dict(source)}",
             "name another folder with --output_dir",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -56,7 +57,9 @@ def test_evaluation_on_the_test_split(evaluated: Path, cohort: Path) -> None:
     table = pd.read_csv(evaluated / "metrics" / "per_case.csv")
     summary = json.loads((evaluated / "metrics" / "summary.json").read_text())
     assert set(table["case"]) == set(cases)
-    assert summary["source"] == {"cohort": manifest.name, "manifest_digest": manifest.digest, "split": "test"}
+    weights = hashlib.sha256((evaluated / "checkpoints" / "best.safetensors").read_bytes()).hexdigest()
+    digests = {"manifest_digest": manifest.digest, "weights_sha256": weights}
+    assert summary["source"] == {"cohort": manifest.name, "split": "test", "fold": None, **digests}
     assert summary["labels"]["lesion"]["dice"]["mean"] == pytest.approx(table["dice"].mean())
     assert summary["labels"]["lesion"]["dice"]["mean"] > 0.5
     for case_id, case in cases.items():
@@ -129,7 +132,7 @@ def test_results_of_another_split_are_not_overwritten(
     runs = str(evaluated.parent.parent)
     given = ["--manifest", str(cohort), "--runs_dir", runs, "--run_name", "small", "--split", "validation"]
     assert main(["evaluate", str(BUNDLE), *given]) == 2
-    assert "holds results of another cohort or split" in capsys.readouterr().err
+    assert "holds results of another cohort, split or network" in capsys.readouterr().err
     assert (evaluated / "metrics" / "summary.json").read_bytes() == before
 
 

@@ -119,17 +119,18 @@ def test_no_weights_at_all(tmp_path: Path, name: str) -> None:
         find_checkpoint(tmp_path, "b", name)
 
 
-def test_results_of_another_cohort_or_split_are_not_overwritten(tmp_path: Path, tiny_cohort: Manifest) -> None:
+def test_results_of_another_cohort_split_or_network_are_not_overwritten(tmp_path: Path, tiny_cohort: Manifest) -> None:
     path = weights(tmp_path, "first", "best") / "checkpoints" / "best.safetensors"
-    source = source_of(tiny_cohort, "test")
+    source = source_of(tiny_cohort, "test", None, path)
     folder = results_folder(path, "", source)
     assert folder == tmp_path / "b" / "first" / "metrics"
     (folder / "summary.json").write_text(json.dumps({"source": source}))
     assert results_folder(path, "", source) == folder  # the same again
-    with pytest.raises(UsageError, match="another cohort or split"):
-        results_folder(path, "", source_of(tiny_cohort, "validation"))
-    with pytest.raises(UsageError, match="another cohort or split"):
-        results_folder(path, "", {**source, "manifest_digest": "other"})
+    for other in ({"split": "validation"}, {"fold": 1}, {"manifest_digest": "other"}, {"weights_sha256": "other"}):
+        with pytest.raises(UsageError, match="another cohort, split or network"):
+            results_folder(path, "", {**source, **other})
+    path.write_bytes(b"other weights")
+    assert source_of(tiny_cohort, "test", None, path)["weights_sha256"] != source["weights_sha256"]
     assert results_folder(path, str(tmp_path / "elsewhere"), {**source, "split": "train"}).parent.name == "elsewhere"
 
 
