@@ -1,6 +1,6 @@
 """How long does it take to read one random patch of a preprocessed case?
 
-Ours (a window of a memory-mapped ``.npy``) beside MONAI's ``PersistentDataset`` and beside reading the NIfTI file again,
+Ours (a window of a memory-mapped ``.npy``) beside MONAI's ``PersistentDataset`` and beside the NIfTI file read again,
 in one process, interleaved. Prints medians in milliseconds, ratios, and the size on disk.
 
     .venv/bin/python benchmarks/patch_reading.py
