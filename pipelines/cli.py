@@ -19,6 +19,9 @@ from transforms.errors import UsageError
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**options, "allow_abbrev": False})  # half a word would be accepted in silence
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{self.prog}: {message}", "the arguments do not fit", f"see `{self.prog} --help`")
 
@@ -133,9 +136,6 @@ def _add_manifest_commands(commands: Any) -> None:
         help="a modality, mask role or `label` that a case may lack",
     )
     folder.add_argument("--missing", choices=("error", "skip"), default="error")
-    folder.add_argument("--name", required=True)
-    folder.add_argument("--licence", default="not stated")
-    folder.add_argument("--source", default="not stated")
     folder.set_defaults(call=_import_folder)
 
     msd = kinds.add_parser("msd", help="a Medical Segmentation Decathlon dataset.json")
@@ -147,8 +147,15 @@ def _add_manifest_commands(commands: Any) -> None:
     nnunet.add_argument("folder")
     nnunet.set_defaults(call=_import_nnunet)
 
+    for kind in (msd, nnunet):
+        kind.add_argument(
+            "--case-pattern", default="{case}", help="where a case's name holds the subject: {subject}_{session}"
+        )
     for kind in (folder, msd, nnunet):
         kind.add_argument("-o", "--output", required=True, help="the manifest to write")
+        kind.add_argument("--name", required=kind is folder, help="name of the cohort")
+        kind.add_argument("--licence", help="what may be done with the data")
+        kind.add_argument("--source", help="where the data come from")
         kind.add_argument(
             "--fractions", type=float, nargs=3, default=(0.7, 0.1, 0.2), metavar=("TRAIN", "VALIDATION", "TEST")
         )
@@ -185,8 +192,8 @@ def _import_folder(options: argparse.Namespace, rest: Sequence[str]) -> None:
             _pairs(options.mask, "mask"),
             options.label_name or (["1:lesion"] if options.label else []),
             name=options.name,
-            licence=options.licence,
-            source=options.source,
+            licence=options.licence or "not stated",
+            source=options.source or "not stated",
             units=_pairs(options.unit, "unit"),
             optional=options.optional,
             missing=options.missing,
@@ -200,16 +207,19 @@ def _import_folder(options: argparse.Namespace, rest: Sequence[str]) -> None:
 def _import_msd(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from pipelines.manifests import import_msd
 
-    _write(
-        import_msd(options.dataset_json, include_test=options.include_test, split=_split_plan(options), progress=_show),
-        options,
-    )
+    _write(import_msd(options.dataset_json, include_test=options.include_test, **_described(options)), options)
 
 
 def _import_nnunet(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from pipelines.manifests import import_nnunet
 
-    _write(import_nnunet(options.folder, split=_split_plan(options), progress=_show), options)
+    _write(import_nnunet(options.folder, **_described(options)), options)
+
+
+def _described(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what both importers of a ``dataset.json`` take beside it."""
+    text = {key: getattr(options, key) for key in ("name", "licence", "source", "case_pattern")}
+    return {**text, "split": _split_plan(options), "progress": _show}
 
 
 def _write(manifest: Any, options: argparse.Namespace) -> None:

@@ -66,10 +66,10 @@ def dataset_labels(stored: Any, chosen: Sequence[str | Label] | None, where: str
 
 
 def cohort_text(raw: Mapping[str, Any], given: Mapping[str, str | None], where: str) -> CohortText:
-    """Return name, licence, source and task as given, or else as ``dataset.json`` states them.
+    """Return name, licence, source and task as given, or else as ``dataset.json`` states them, or else "not stated".
 
     Raises:
-        UsageError: neither states one of them.
+        UsageError: no name.
     """
     stored = {
         "name": raw.get("name"),
@@ -77,10 +77,9 @@ def cohort_text(raw: Mapping[str, Any], given: Mapping[str, str | None], where: 
         "source": raw.get("reference") or raw.get("description"),
         "task": "segmentation",
     }
-    text = {key: given.get(key) or str(stored[key] or "").strip() for key in stored}
-    for key, value in text.items():
-        if not value:
-            raise UsageError(f"{where}: {key}", f"dataset.json states no {key} and none is given", f"give the {key}")
+    text = {key: given.get(key) or str(stored[key] or "").strip() or "not stated" for key in stored}
+    if text["name"] == "not stated":
+        raise UsageError(f"{where}: name", "dataset.json states none and none is given", "give one with --name")
     return CohortText(**text)
 
 

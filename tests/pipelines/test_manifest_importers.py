@@ -431,11 +431,13 @@ def test_a_decathlon_task_that_contradicts_itself(decathlon: Path, changes: dict
         assert word in str(caught.value)
 
 
-def test_an_unstated_licence_has_to_be_given(decathlon: Path) -> None:
+def test_what_a_data_set_does_not_state(decathlon: Path) -> None:
     edit(decathlon, licence="")
-    with pytest.raises(UsageError, match="licence"):
-        import_msd(decathlon)
+    assert import_msd(decathlon).licence == "not stated"
     assert import_msd(decathlon, licence="CC0").licence == "CC0"
+    edit(decathlon, name="")
+    with pytest.raises(UsageError, match="name"):
+        import_msd(decathlon)
 
 
 def test_a_case_pattern_that_does_not_fit_is_refused(decathlon: Path) -> None:

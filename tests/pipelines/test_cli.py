@@ -1,0 +1,137 @@
+"""The command line: what a user types, what comes back, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from pipelines.cli import main, overrides_of
+from pipelines.runner import absolute, bundle_root
+from transforms.errors import BundleError, UsageError
+
+
+def write_nifti(path: Path, voxels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(voxels, np.diag([2.0, 2.0, 3.0, 1.0])), path)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(3)
+    for case in ("p1", "p2", "p3"):
+        write_nifti(
+            tmp_path / "in" / "imagesTr" / f"{case}_0000.nii.gz", rng.normal(9, 1, (6, 7, 5)).astype(np.float32)
+        )
+        write_nifti(tmp_path / "in" / "labelsTr" / f"{case}.nii.gz", (rng.random((6, 7, 5)) > 0.8).astype(np.uint8))
+    return tmp_path / "in"
+
+
+def test_overrides_are_read_as_monai_reads_them() -> None:
+    words = [
+        "--max_epochs",
+        "5",
+        "--spacing",
+        "[1.0,2.0,3.0]",
+        "--run_name=a=b",
+        "--modalities",
+        "['flair']",
+        "--fold",
+        "None",
+    ]
+    assert overrides_of(words) == {
+        "max_epochs": 5,
+        "spacing": [1.0, 2.0, 3.0],
+        "run_name": "a=b",
+        "modalities": ["flair"],
+        "fold": None,
+    }
+
+
+@pytest.mark.parametrize("words", [["5"], ["--max_epochs"], ["--max_epochs", "5", "x"]])
+def test_incomplete_overrides_are_refused(words: list[str]) -> None:
+    with pytest.raises(UsageError):
+        overrides_of(words)
+
+
+@pytest.mark.parametrize("words", [[], ["trian"], ["manifest", "import", "folder"], ["phantom", "x", "--subject", "3"]])
+def test_wrong_usage_ends_with_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert [line[:7] for line in lines] == ["error: ", "  why: ", "  fix: "]
+
+
+def test_a_bundle_that_does_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(tmp_path)]) == 4
+    assert "brain_lesion_mri_segmentation" in capsys.readouterr().err  # what there is instead
+    with pytest.raises(BundleError):
+        bundle_root("nothing")
+    assert (bundle_root("brain_lesion_mri_segmentation") / "configs").is_dir()
+
+
+def test_a_traceback_only_with_debug(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["manifest", "check", str(tmp_path / "none.json")]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert main(["--debug", "manifest", "check", str(tmp_path / "none.json")]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_import_nnunet_and_check(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    description = {"channel_names": {"0": "FLAIR"}, "labels": {"background": 0, "lesion": 1}, "file_ending": ".nii.gz"}
+    (images / "dataset.json").write_text(json.dumps({**description, "numTraining": 3}))
+    out = tmp_path / "manifest.json"
+    assert (
+        main(["manifest", "import", "nnunet", str(images), "-o", str(out), "--test", "p2", "--validation", "p3"]) == 0
+    )
+    assert main(["manifest", "check", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "train 1 (1 subjects), validation 1 (1 subjects), test 1 (1 subjects)" in printed
+    assert "2x2x3 (3)" in printed
+    stored = {case["subject"]: case["split"] for case in json.loads(out.read_text())["cases"]}
+    assert stored == {"p1": "train", "p2": "test", "p3": "validation"}
+    path = images / "imagesTr" / "p1_0000.nii.gz"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1  # one bit of the stored check sum
+    path.write_bytes(bytes(content))
+    assert main(["manifest", "check", str(out)]) == 3
+    assert "p1_0000.nii.gz" in capsys.readouterr().err
+
+
+def test_import_msd(images: Path, tmp_path: Path) -> None:
+    pairs = [{"image": f"./imagesTr/{c}_0000.nii.gz", "label": f"./labelsTr/{c}.nii.gz"} for c in ("p1", "p2", "p3")]
+    about = {
+        "name": "Task",
+        "licence": "CC-BY-SA 4.0",
+        "modality": {"0": "MRI"},
+        "labels": {"0": "background", "1": "x"},
+    }
+    (images / "dataset.json").write_text(json.dumps({**about, "training": pairs, "test": []}))
+    out = tmp_path / "manifest.json"
+    given = ["--fractions", "0.34", "0.33", "0.33", "--seed", "1"]
+    assert main(["manifest", "import", "msd", str(images / "dataset.json"), "-o", str(out), *given]) == 0
+    manifest = json.loads(out.read_text())
+    assert sorted(case["split"] for case in manifest["cases"]) == ["test", "train", "validation"]
+    assert manifest["splits"]["seed"] == 1
+
+
+def test_patterns_need_a_name(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--image", "{case}.nii.gz", "--name", "x", "-o", str(tmp_path / "m.json")]
+    assert main(["manifest", "import", "folder", str(images), *given]) == 2
+    assert "NAME=VALUE" in capsys.readouterr().err
+    assert not (tmp_path / "m.json").exists()
+
+
+def test_phantoms_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "heads"
+    given = ["--subjects", "3", "--spacing", "6", "6", "6", "--modalities", "flair"]
+    assert main(["phantom", str(folder), *given]) == 0
+    assert "3 subjects" in capsys.readouterr().out
+    assert len(list(folder.glob("*/flair.nii.gz"))) == 3
+
+
+def test_relative_paths_count_from_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute("cohort.json") == str(tmp_path / "cohort.json")
