@@ -49,7 +49,7 @@ def import_msd(
         progress: called with cases done, cases in all, case id.
 
     Raises:
-        UsageError: no such file, or a text that nobody states.
+        UsageError: no such file, or a cohort without a name.
         DataError: a ``dataset.json`` that contradicts itself or the files, or a file that cannot be used.
     """
     path = resolve_dataset_json(Path(dataset_json))
