@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+# idle threads sleep instead of spinning: beside another busy process spinning makes a step ten times slower
+export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: demo test lint format test-real clean
 

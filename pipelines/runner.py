@@ -15,7 +15,17 @@ if TYPE_CHECKING:
     from monai.bundle import ConfigParser
 
 BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
-PATH_KEYS = ("manifest", "checkpoint", "input", "output_dir", "runs_dir", "cache_dir", "landmarks_file", "data_root")
+PATH_KEYS = (
+    "manifest",
+    "checkpoint",
+    "input",
+    "output_dir",
+    "runs_dir",
+    "cache_dir",
+    "landmarks_file",
+    "data_root",
+    "initial_weights",
+)
 
 
 def bundle_root(name: str) -> Path:

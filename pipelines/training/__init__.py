@@ -1,7 +1,7 @@
 """Assembly of training and evaluation runs from MONAI's engines, and the folder in which a run explains itself."""
 
 from pipelines.training.averaging import averaged_network
-from pipelines.training.checkpoints import load_weights, read_contract, read_header, save_weights
+from pipelines.training.checkpoints import load_weights, read_contract, read_header, save_weights, start_from
 from pipelines.training.datasets import PatchDataset, VolumeDataset, crop_with_margin
 from pipelines.training.engines import (
     device_of,
@@ -44,6 +44,7 @@ __all__ = [
     "results_folder",
     "save_weights",
     "source_of",
+    "start_from",
     "supervised_trainer",
     "train",
     "training_inferer",

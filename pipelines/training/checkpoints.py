@@ -20,6 +20,7 @@ from pipelines.files import write_atomically
 from transforms.errors import BundleError
 
 HEADER_KEY = "fiducial"
+MUST_MEAN_THE_SAME = ("modalities", "labels", "foreground", "dimensions")
 
 
 def save_weights(network: torch.nn.Module, header: Mapping[str, Any], path: str | Path) -> None:
@@ -74,6 +75,38 @@ def read_header(path: str | Path) -> dict[str, Any]:
 def read_contract(path: str | Path) -> dict[str, Any]:
     """Return the contract of a weights file: the hyper-parameters with which alone the weights are valid."""
     return read_header(path)["contract"]
+
+
+def start_from(network: torch.nn.Module, path: str | Path, contract: Mapping[str, Any]) -> torch.nn.Module:
+    """Load the weights to fine-tune from, if any, and return the network.
+
+    Args:
+        network: freshly built for ``contract``.
+        path: weights of an earlier run, or an empty text: the network keeps its random weights.
+        contract: of the run that starts. The spacing may be another; channels and labels must mean the same.
+
+    Raises:
+        BundleError: other modalities, labels, foreground or dimensions, or another architecture.
+    """
+    if not path:
+        return network
+    earlier = read_contract(path)
+    for key in MUST_MEAN_THE_SAME:
+        before, now = (_meaning(each[key]) for each in (earlier, contract))
+        if before != now:
+            raise BundleError(
+                f"initial_weights {path}: other {key}",
+                f"they were trained with {before}, this run has {now}",
+                f"start from weights with the same {key}, or from none",
+            )
+    return load_weights(network, path)
+
+
+def _meaning(value: Any) -> Any:
+    """Return a contract's value without what may differ: a label's colour and its numbers in the files."""
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        return [label["name"] for label in value]
+    return value
 
 
 def load_weights(network: torch.nn.Module, path: str | Path) -> torch.nn.Module:

@@ -8,7 +8,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from bundle_runs import BUNDLE, import_data, train
+from safetensors.torch import load_file
 
 from pipelines.cli import main
 from pipelines.training import read_contract
@@ -77,6 +79,23 @@ def test_no_validation_cases(data: Path) -> None:
     assert train(data) == 0
     assert not weights_of(data).exists()  # nothing decided which weights are best
     assert weights_of(data).with_name("last.safetensors").is_file()
+
+
+def test_fine_tuning_starts_from_what_was_learnt(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(data, "--max_epochs", "2", "--steps_per_epoch", "3") == 0
+    weights = str(weights_of(data).with_name("last.safetensors"))
+    still = ["--learning_rate", "0.0", "--weight_decay", "0.0", "--run_name"]  # a rate of 0 leaves what it starts from
+    assert train(data, "--initial_weights", weights, *still, "tuned") == 0
+    assert train(data, *still, "fresh") == 0
+    runs = data.parent / "runs" / BUNDLE.name
+    earlier, tuned, fresh = (
+        load_file(runs / run / "checkpoints" / "last.safetensors") for run in ("r", "tuned", "fresh")
+    )
+    assert all(torch.equal(earlier[name], tuned[name]) for name in earlier)
+    assert not all(torch.equal(earlier[name], fresh[name]) for name in earlier)
+    assert train(data, "--initial_weights", weights, "--modalities", "['t1','flair']", *still, "swapped") == 4
+    assert "other modalities" in capsys.readouterr().err  # same shapes, another meaning
+    assert not (runs / "swapped").exists()
 
 
 def test_the_same_command_gives_the_same_weights(data: Path) -> None:
