@@ -262,6 +262,7 @@ def _add_phantom_command(commands: Any) -> None:
     phantom.add_argument("--spacing", type=float, nargs=3, default=(2.0, 2.0, 2.0), metavar="MM")
     phantom.add_argument("--seed", type=int, default=0)
     phantom.add_argument("--modalities", nargs="+", default=["flair", "t1", "t2"])
+    phantom.add_argument("--no-skull", action="store_true", help="the brain alone, as after skull stripping")
     phantom.set_defaults(call=_phantom)
 
 
@@ -269,7 +270,9 @@ def _phantom(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from pipelines.demo import head_cohort
 
     folder = Path(options.folder)
-    manifest = head_cohort(folder, options.subjects, tuple(options.spacing), options.seed, options.modalities)
+    manifest = head_cohort(
+        folder, options.subjects, tuple(options.spacing), options.seed, options.modalities, not options.no_skull
+    )
     print(f"{options.subjects} subjects in {folder}, manifest {manifest.path}")
 
 

@@ -25,13 +25,13 @@ TRAINING = {"spacing": list(SPACING_MM), "patch_size": [48, 48, 48], "max_epochs
 
 
 def head_cohort(
-    folder: Path, subjects: int, spacing_mm: Sequence[float], seed: int, modalities: Sequence[str]
+    folder: Path, subjects: int, spacing_mm: Sequence[float], seed: int, modalities: Sequence[str], skull: bool = True
 ) -> Manifest:
     """Return the manifest of the embedded head cohort in ``folder``, generated there unless it is there already."""
     path = folder / "manifest.json"
     if path.is_file():
         return load_manifest(path, check="sha256")
-    write_head_cohort(folder, subjects, spacing_mm, seed, modalities)
+    write_head_cohort(folder, subjects, spacing_mm, seed, modalities, skull=skull)
     manifest = import_folder(
         folder,
         {modality: f"{{subject}}/{modality}.nii.gz" for modality in modalities},
