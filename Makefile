@@ -1,4 +1,4 @@
-# make demo   from nothing to a trained, measured and used bundle (about ten minutes on two cores)
+# make demo   from nothing to a trained, measured and used bundle (about seven minutes on two cores)
 # make test   the whole test suite
 # make lint   ruff and mypy
 # make test-real DATA=folder   the short runs on real images
