@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from torch import nn
 
 from pipelines.losses.terms import cross_entropy_loss, focal_loss, log_cosh_dice_loss, soft_dice_loss
 from pipelines.losses.voxels import Voxels, prepare_voxels
+from pipelines.names import nearest
 from transforms.errors import BundleError
 
 Term = Callable[[Voxels], torch.Tensor]
@@ -162,9 +162,4 @@ def segmentation_loss(name: str, **options: Any) -> CompositeLoss:
 
 
 def _unknown(kind: str, name: str, valid: list[str]) -> BundleError:
-    nearest = difflib.get_close_matches(name, valid, n=1)
-    return BundleError(
-        f"there is no {kind} called '{name}'",
-        f"valid: {', '.join(valid)}",
-        f"did you mean '{nearest[0]}'?" if nearest else "choose one of them",
-    )
+    return BundleError(f"there is no {kind} called '{name}'", f"valid: {', '.join(valid)}", nearest(name, valid))

@@ -11,8 +11,8 @@ from typing import Literal
 from pipelines.manifests.build import CaseFiles, CohortText, Progress, build_manifest
 from pipelines.manifests.labels import label_table
 from pipelines.manifests.model import Label, LeftOut, Manifest, Modality
-from pipelines.manifests.names import nearest
 from pipelines.manifests.splits import SplitPlan
+from pipelines.names import nearest
 from transforms.errors import DataError, UsageError
 
 PLACEHOLDERS = ("subject", "session", "case")

@@ -12,8 +12,8 @@ from pipelines.files import write_json
 from pipelines.manifests.digest import file_digest
 from pipelines.manifests.jsonfile import read_json
 from pipelines.manifests.model import SPLITS, Case, FileEntry, Manifest, manifest_from_raw, manifest_to_raw
-from pipelines.manifests.names import nearest
 from pipelines.manifests.validate import validate_manifest
+from pipelines.names import nearest
 from transforms.errors import DataError, UsageError
 
 CHECKS = ("size", "sha256", "none")

@@ -14,7 +14,7 @@ from typing import Any
 from pipelines.manifests.discover import MASK_ROLE, items_from_path
 from pipelines.manifests.load import case_items, load_manifest
 from pipelines.manifests.model import Label, Manifest
-from pipelines.manifests.names import nearest
+from pipelines.names import nearest
 from transforms.errors import DataError, UsageError
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipelines.manifests.model import SPLITS, Splits
-from pipelines.manifests.names import nearest
+from pipelines.names import nearest
 from transforms.errors import UsageError
 
 

@@ -16,7 +16,7 @@ from jsonschema import Draft202012Validator, ValidationError
 
 from pipelines.manifests.labels import label_conflict
 from pipelines.manifests.model import Case, Manifest, manifest_from_raw
-from pipelines.manifests.names import nearest
+from pipelines.names import nearest
 from transforms.errors import DataError
 
 _AGAIN = "import the cohort again with this version, or correct the key by hand"

@@ -6,13 +6,13 @@ in train mode the network returns (B, outputs, C, *spatial), in eval mode (B, C,
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from monai.networks.nets.dynunet import DynUNet, DynUNetSkipLayer
 
+from pipelines.names import nearest
 from pipelines.networks.plan import MINIMUM_STAGES, UNetPlan, plan_unet
 from transforms.errors import BundleError
 
@@ -78,11 +78,8 @@ def dynunet(
         BundleError: the patch does not suit the spacing or the filters, or an option is not valid.
     """
     if norm not in _NORMS:
-        nearest = difflib.get_close_matches(norm, _NORMS, n=1)
         raise BundleError(
-            f"network: norm '{norm}' does not exist",
-            f"valid: {', '.join(_NORMS)}",
-            f"did you mean '{nearest[0]}'?" if nearest else "choose one of them",
+            f"network: norm '{norm}' does not exist", f"valid: {', '.join(_NORMS)}", nearest(norm, _NORMS)
         )
     plan = plan_unet(spacing_mm, patch_size) if filters is None else _plan_for_filters(spacing_mm, patch_size, filters)
     return PlannedDynUNet(
