@@ -263,16 +263,27 @@ def _add_phantom_command(commands: Any) -> None:
     phantom.add_argument("--seed", type=int, default=0)
     phantom.add_argument("--modalities", nargs="+", default=["flair", "t1", "t2"])
     phantom.add_argument("--no-skull", action="store_true", help="the brain alone, as after skull stripping")
+    phantom.add_argument("--lesion_median", type=float, default=2.0, metavar="ML", help="median volume per subject")
+    phantom.add_argument("--lesion_largest", type=float, default=20.0, metavar="ML", help="largest volume per subject")
+    phantom.add_argument(
+        "--lesion_t2",
+        type=float,
+        nargs=2,
+        default=(150.0, 150.0),
+        metavar="MS",
+        help="T2 of a subject's lesions is drawn between these: 90 is faint in FLAIR, 150 bright",
+    )
     phantom.set_defaults(call=_phantom)
 
 
 def _phantom(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from pipelines.demo import head_cohort
+    from pipelines.phantoms import LesionPrior
 
-    folder = Path(options.folder)
-    manifest = head_cohort(
-        folder, options.subjects, tuple(options.spacing), options.seed, options.modalities, not options.no_skull
-    )
+    folder, spacing = Path(options.folder), tuple(options.spacing)
+    lesions = LesionPrior(options.lesion_median, largest_ml=options.lesion_largest, t2_ms=tuple(options.lesion_t2))
+    modalities, skull = options.modalities, not options.no_skull
+    manifest = head_cohort(folder, options.subjects, spacing, options.seed, modalities, skull, lesions)
     print(f"{options.subjects} subjects in {folder}, manifest {manifest.path}")
 
 

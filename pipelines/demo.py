@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.manifests import Manifest, SplitPlan, import_folder, load_manifest, write_manifest
-from pipelines.phantoms import write_head_cohort
+from pipelines.phantoms import DEFAULT_LESIONS, LesionPrior, write_head_cohort
 from pipelines.runner import run_bundle
 from pipelines.training.run_folder import new_run_name
-from transforms.errors import FiducialError
+from transforms.errors import FiducialError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +25,34 @@ TRAINING = {"spacing": list(SPACING_MM), "patch_size": [48, 48, 48], "max_epochs
 
 
 def head_cohort(
-    folder: Path, subjects: int, spacing_mm: Sequence[float], seed: int, modalities: Sequence[str], skull: bool = True
+    folder: Path,
+    subjects: int,
+    spacing_mm: Sequence[float],
+    seed: int,
+    modalities: Sequence[str],
+    skull: bool = True,
+    lesions: LesionPrior = DEFAULT_LESIONS,
 ) -> Manifest:
-    """Return the manifest of the embedded head cohort in ``folder``, generated there unless it is there already."""
+    """Return the manifest of the embedded head cohort in ``folder``, generated there unless it is there already.
+
+    Raises:
+        UsageError: the folder holds a cohort that was generated with other arguments.
+    """
     path = folder / "manifest.json"
+    source = (
+        f"pipelines.phantoms.head, seed {seed}, {subjects} subjects, {'x'.join(f'{s:g}' for s in spacing_mm)} mm, "
+        f"{' '.join(modalities)}, {'with' if skull else 'without'} skull, {lesions}"
+    )
     if path.is_file():
-        return load_manifest(path, check="sha256")
-    write_head_cohort(folder, subjects, spacing_mm, seed, modalities, skull=skull)
+        manifest = load_manifest(path, check="sha256")
+        if manifest.source != source:
+            raise UsageError(
+                f"cohort {folder}: generated with other arguments",
+                f"there: {manifest.source}; asked for: {source}",
+                "choose another folder, or remove this one",
+            )
+        return manifest
+    write_head_cohort(folder, subjects, spacing_mm, seed, modalities, skull=skull, lesions=lesions)
     manifest = import_folder(
         folder,
         {modality: f"{{subject}}/{modality}.nii.gz" for modality in modalities},
@@ -40,7 +61,7 @@ def head_cohort(
         ["1:lesion"],
         name="head_phantoms",
         licence="generated; anatomy from the MNI152 template (ICBM, free to use with attribution)",
-        source=f"pipelines.phantoms.head, seed {seed}",
+        source=source,
         units={"ct": "HU"} if "ct" in modalities else {},
         split=SplitPlan((0.6, 0.2, 0.2), seed=seed),
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pipelines.phantoms.anatomy import Anatomy, Pose, head_anatomy
 from pipelines.phantoms.head import HeadSubject, head_subject, write_head_cohort
-from pipelines.phantoms.lesions import draw_lesion_load, random_lesions
+from pipelines.phantoms.lesions import DEFAULT_LESIONS, LesionPrior, draw_lesion_load, random_lesions
 
 __all__ = [
+    "DEFAULT_LESIONS",
     "Anatomy",
     "HeadSubject",
+    "LesionPrior",
     "Pose",
     "draw_lesion_load",
     "head_anatomy",

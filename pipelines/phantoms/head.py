@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.phantoms.anatomy import Anatomy, head_anatomy, random_pose
-from pipelines.phantoms.lesions import random_lesions
+from pipelines.phantoms.lesions import DEFAULT_LESIONS, LesionPrior, draw_lesion_load, random_lesions
 from pipelines.phantoms.signal import (
     MODALITIES,
     TISSUES,
@@ -71,6 +71,7 @@ def head_subject(
     modalities: Sequence[str] = MODALITIES,
     source: str = "auto",
     skull: bool = True,
+    lesions: LesionPrior = DEFAULT_LESIONS,
 ) -> HeadSubject:
     """Generate one subject.
 
@@ -84,6 +85,7 @@ def head_subject(
         modalities: any of ``t1``, ``t2``, ``flair``, ``ct``.
         source: ``mni152``, ``ellipsoid`` or ``auto``.
         skull: False leaves the brain alone in air.
+        lesions: how much lesion, and how bright.
 
     Raises:
         UsageError: an argument is out of its range, or nilearn is missing for ``mni152``.
@@ -93,12 +95,14 @@ def head_subject(
         raise UsageError(
             f"head phantom, seed {seed}, subject {subject_index}", "both must be 0 or more", "choose others"
         )
-    streams = np.random.SeedSequence([seed, subject_index]).spawn(3 + len(MODALITIES))
-    for_pose, for_lesions, for_tissues, *for_images = (np.random.default_rng(stream) for stream in streams)
+    streams = np.random.SeedSequence([seed, subject_index]).spawn(4 + len(MODALITIES))
+    for_pose, for_lesions, for_tissues, *for_images, for_t2 = (np.random.default_rng(stream) for stream in streams)
     anatomy = head_anatomy(spacing_mm, source, random_pose(for_pose), skull)
-    lesion_fraction = random_lesions(anatomy, for_lesions)
+    lesion_fraction = random_lesions(anatomy, for_lesions, draw_lesion_load(for_lesions, lesions))
     diseased = with_lesions(anatomy, lesion_fraction)
     tissues = varied_tissues(for_tissues)
+    brightness = for_t2.uniform(*lesions.t2_ms) / TISSUES["lesion"].t2_ms
+    tissues["lesion"] = replace(tissues["lesion"], t2_ms=tissues["lesion"].t2_ms * brightness)
     generators = dict(zip(MODALITIES, for_images, strict=True))
     label = (lesion_fraction > 0.5).astype(np.uint8)
     return HeadSubject(
@@ -127,6 +131,7 @@ def write_head_cohort(
     modalities: Sequence[str] = ("flair", "t1", "t2"),
     source: str = "auto",
     skull: bool = True,
+    lesions: LesionPrior = DEFAULT_LESIONS,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
     """Write a cohort as ``<folder>/<subject>/{<modality>,lesion,brain}.nii.gz``, and ``bone.nii.gz`` beside a ``ct``.
@@ -142,6 +147,7 @@ def write_head_cohort(
         modalities: any of ``t1``, ``t2``, ``flair``, ``ct``.
         source: ``mni152``, ``ellipsoid`` or ``auto``.
         skull: False leaves the brain alone in air.
+        lesions: how much lesion, and how bright.
         progress: called with (subjects written, subjects in all) after each subject.
 
     Returns:
@@ -166,7 +172,7 @@ def write_head_cohort(
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
             partial = Path(scratch, "cohort")
             for index in range(subjects):
-                _write_subject(partial, head_subject(seed, index, spacing_mm, modalities, source, skull))
+                _write_subject(partial, head_subject(seed, index, spacing_mm, modalities, source, skull, lesions))
                 if progress:
                     progress(index + 1, subjects)
             os.replace(partial, folder)

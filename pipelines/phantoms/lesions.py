@@ -7,6 +7,8 @@ label and on no other.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
@@ -14,9 +16,36 @@ from scipy.spatial.transform import Rotation
 from pipelines.phantoms.anatomy import Anatomy
 from transforms.errors import UsageError
 
-LOAD_MEDIAN_ML = 2.0
-LOAD_LOG_SD = 1.0
-LOAD_BOUNDS_ML = (0.2, 20.0)
+
+@dataclass(frozen=True)
+class LesionPrior:
+    """How much lesion the subjects of a cohort have, and how bright it is.
+
+    Attributes:
+        median_ml: median over subjects of the total volume in mL, which is log-normal.
+        log_sd: standard deviation of the volume's natural logarithm.
+        largest_ml: no subject has more; none has less than 0.2 mL.
+        t2_ms: bounds between which the T2 of a subject's lesions is drawn, uniformly. White matter has 70, grey matter
+            83, so that 90 is next to invisible in FLAIR and 150 twice as bright as white matter.
+    """
+
+    median_ml: float = 2.0
+    log_sd: float = 1.0
+    largest_ml: float = 20.0
+    t2_ms: tuple[float, float] = (150.0, 150.0)
+
+    def __post_init__(self) -> None:
+        if not (0 < self.median_ml <= self.largest_ml and self.largest_ml >= _SMALLEST_LOAD_ML and self.log_sd >= 0):
+            raise UsageError(
+                f"lesion volume, median {self.median_ml:g} mL, largest {self.largest_ml:g} mL",
+                f"expected 0 < median <= largest, and a largest of {_SMALLEST_LOAD_ML} mL or more",
+                "correct the volumes",
+            )
+        if not 0 < self.t2_ms[0] <= self.t2_ms[1]:
+            raise UsageError(f"lesion T2 {self.t2_ms} ms", "expected 0 < lower <= upper", "correct the bounds")
+
+
+_SMALLEST_LOAD_ML = 0.2
 _CENTRE_WHITE = 0.8
 _ALLOWED_WHITE = 0.4
 _ALLOWED_CSF = 0.2
@@ -25,12 +54,16 @@ _EDGE_FRACTION = 0.6
 _CORE_FRACTION = (0.75, 1.0)
 
 
-def draw_lesion_load(rng: np.random.Generator) -> float:
-    """Total lesion volume of one subject in mL: log-normal, median 2, sigma of the logarithm 1, clipped to 0.2-20."""
-    return float(np.clip(LOAD_MEDIAN_ML * np.exp(LOAD_LOG_SD * rng.standard_normal()), *LOAD_BOUNDS_ML))
+DEFAULT_LESIONS = LesionPrior()
 
 
-def random_lesions(anatomy: Anatomy, rng: np.random.Generator, volume_ml: float | None = None) -> NDArray[np.float32]:
+def draw_lesion_load(rng: np.random.Generator, prior: LesionPrior = DEFAULT_LESIONS) -> float:
+    """Total lesion volume of one subject in mL: log-normal, then clipped."""
+    load = prior.median_ml * np.exp(prior.log_sd * rng.standard_normal())
+    return float(np.clip(load, _SMALLEST_LOAD_ML, prior.largest_ml))
+
+
+def random_lesions(anatomy: Anatomy, rng: np.random.Generator, volume_ml: float) -> NDArray[np.float32]:
     """Place lesions in white matter and return the fraction of lesion tissue per voxel.
 
     The load is split among 1 + Poisson(2 sqrt(load)) lesions, or as many as have at least 0.03 mL (4 mm across) each.
@@ -38,7 +71,7 @@ def random_lesions(anatomy: Anatomy, rng: np.random.Generator, volume_ml: float 
     Args:
         anatomy: the head, on the image's grid.
         rng: every draw is made from it.
-        volume_ml: total volume in mL; None draws it with ``draw_lesion_load``.
+        volume_ml: total volume in mL, for instance from ``draw_lesion_load``.
 
     Returns:
         (X, Y, Z) float32: 0 without lesion, 0.6 to 1 inside; the label, ``fraction > 0.5``, holds all of it.
@@ -46,19 +79,18 @@ def random_lesions(anatomy: Anatomy, rng: np.random.Generator, volume_ml: float 
     Raises:
         UsageError: the volume exceeds half of the white matter or is less than half a voxel.
     """
-    load = draw_lesion_load(rng) if volume_ml is None else volume_ml
-    voxels = round(load / anatomy.voxel_volume_ml)
+    voxels = round(volume_ml / anatomy.voxel_volume_ml)
     white, csf = anatomy.fractions["white"], anatomy.fractions["csf"]
     free = np.argwhere(anatomy.brain & (white > _ALLOWED_WHITE) & (csf < _ALLOWED_CSF))
     if not 1 <= voxels <= len(free) // 2:
         raise UsageError(
-            f"head phantom, lesion volume {load:.3g} mL",
+            f"head phantom, lesion volume {volume_ml:.3g} mL",
             f"that is {voxels} voxels; the grid allows 1 to {len(free) // 2}",
             "choose another volume or a finer spacing",
         )
     fraction = np.zeros(white.shape, np.float32)
     smallest = max(1, round(_SMALLEST_ML / anatomy.voxel_volume_ml))
-    for count in _split(voxels, 1 + int(rng.poisson(2 * np.sqrt(load))), smallest, rng):
+    for count in _split(voxels, 1 + int(rng.poisson(2 * np.sqrt(volume_ml))), smallest, rng):
         free = free[fraction[tuple(free.T)] == 0]
         chosen, values = _lesion(free, white[tuple(free.T)], count, anatomy, rng)
         fraction[tuple(chosen.T)] = values

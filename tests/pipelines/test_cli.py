@@ -130,6 +130,11 @@ def test_phantoms_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["phantom", str(folder), *given]) == 0
     assert "3 subjects" in capsys.readouterr().out
     assert len(list(folder.glob("*/flair.nii.gz"))) == 3
+    assert main(["phantom", str(folder), *given]) == 0  # there already
+    # what is there must not pass for what was asked for
+    assert main(["phantom", str(folder), *given, "--seed", "1"]) == 2
+    assert main(["phantom", str(folder), *given, "--lesion_t2", "90", "150"]) == 2
+    assert "generated with other arguments" in capsys.readouterr().err
 
 
 def test_relative_paths_count_from_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from pipelines.phantoms.anatomy import (
     random_pose,
 )
 from pipelines.phantoms.head import MODALITIES, HeadSubject, head_subject, with_lesions, write_head_cohort
-from pipelines.phantoms.lesions import LOAD_BOUNDS_ML, draw_lesion_load, random_lesions
+from pipelines.phantoms.lesions import LesionPrior, draw_lesion_load, random_lesions
 from pipelines.phantoms.signal import (
     FLAIR_TE_MS,
     FLAIR_TR_MS,
@@ -280,8 +280,11 @@ def test_lesion_load_is_log_normal_with_median_two_ml() -> None:
     # Standard error of the median of ln(load) is 1.25 / sqrt(200) = 0.09.
     assert np.log(np.median(loads)) == pytest.approx(np.log(2), abs=0.25)
     assert np.log(loads).std() == pytest.approx(1, abs=0.15)
-    assert loads.min() >= LOAD_BOUNDS_ML[0]
-    assert loads.max() <= LOAD_BOUNDS_ML[1]
+    assert loads.min() >= 0.2
+    assert loads.max() <= 20
+    large = [draw_lesion_load(rng, LesionPrior(median_ml=30.0, largest_ml=60.0)) for _ in range(200)]
+    assert np.median(large) == pytest.approx(30, rel=0.25)
+    assert max(large) == 60
 
 
 @pytest.mark.parametrize("spacing", [COARSE, (2.0, 2.0, 5.0)])
@@ -328,7 +331,30 @@ def test_subject_carries_the_label_of_the_lesions_that_its_images_show(subject: 
     flair = subject.images["flair"]
     assert np.median(flair[lesion]) > 1.25 * np.median(flair[shell])
     assert subject.lesion_volume_ml == pytest.approx(lesion.sum() * 0.064)
-    assert LOAD_BOUNDS_ML[0] * 0.5 < subject.lesion_volume_ml <= LOAD_BOUNDS_ML[1] * 1.01
+    assert 0.1 < subject.lesion_volume_ml <= 20.2
+
+
+def test_faint_lesions_are_darker_in_flair_and_lie_where_bright_ones_would() -> None:
+    def subject(low: float, high: float) -> HeadSubject:
+        return head_subject(5, 0, COARSE, ["flair"], "ellipsoid", lesions=LesionPrior(t2_ms=(low, high)))
+
+    bright, faint = subject(150, 150), subject(95, 95)
+    label = bright.lesion > 0
+    np.testing.assert_array_equal(faint.lesion, bright.lesion)
+    np.testing.assert_array_equal(faint.images["flair"][~label], bright.images["flair"][~label])
+    # FLAIR of a lesion is in proportion to exp(-TE / T2), with TE = 120 ms: exp(-120 / 95) / exp(-120 / 150) = 0.63.
+    # A fifth of a lesion's voxel is white matter on average, which brings the ratio a little towards 1.
+    ratio = np.median(faint.images["flair"][label] / bright.images["flair"][label])
+    assert 0.6 < ratio < 0.8
+    assert subject(90, 150).images["flair"][label].mean() < bright.images["flair"][label].mean()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"median_ml": 0.0}, {"median_ml": 30.0}, {"largest_ml": 0.1, "median_ml": 0.05}, {"t2_ms": (100.0, 90.0)}]
+)
+def test_lesion_prior_that_means_nothing_is_refused(wrong: dict) -> None:
+    with pytest.raises(UsageError, match="lesion"):
+        LesionPrior(**wrong)
 
 
 @pytest.mark.parametrize("volume_ml", [0.0, 0.01, 2000.0])
