@@ -13,14 +13,8 @@ from pipelines.training.engines import (
 )
 from pipelines.training.evaluation import CaseMetrics, ReportCases
 from pipelines.training.landmarks import read_landmarks
-from pipelines.training.run_folder import (
-    create_run,
-    find_checkpoint,
-    prediction_folder,
-    refuse_existing_run,
-    results_folder,
-    source_of,
-)
+from pipelines.training.results import find_checkpoint, prediction_folder, results_folder, source_of
+from pipelines.training.run_folder import create_run, refuse_existing_run
 from pipelines.training.validation import ValidationDice
 
 __all__ = [
