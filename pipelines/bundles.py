@@ -10,17 +10,20 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.utils import set_determinism
 
 from pipelines.manifests import Manifest
 from pipelines.preflight.configuration import lint
-from pipelines.training.run_folder import write_record
+from pipelines.training.distributed import is_main_process, refuse_unjoined_processes, world_size
+from pipelines.training.resume import refuse_other_setup
+from pipelines.training.run_folder import environment, write_record
 from transforms.errors import BundleError, FiducialError, find_error
 
 logger = logging.getLogger(__name__)
@@ -35,6 +38,7 @@ def begin(seed: int = 0) -> None:
         UsageError, BundleError: from the lint.
     """
     explain_errors()
+    refuse_unjoined_processes()
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
     # MONAI's surface Dice calls its own deprecated argument; a user can do nothing about it
@@ -43,10 +47,38 @@ def begin(seed: int = 0) -> None:
     set_determinism(seed=seed)
 
 
-def record_run(folder: str | Path, cohort: Manifest, **record: Any) -> None:
-    """Write the resolved configuration and the record of the run into its folder."""
+def record_run(folder: str | Path, cohort: Manifest, resume_despite: Sequence[str] = (), **record: Any) -> None:
+    """Write the resolved configuration and the record of a new run into its folder.
+
+    Where the run was interrupted and now goes on, they are compared instead (``refuse_other_setup``).
+
+    Args:
+        folder: of the run, from ``open_run``.
+        cohort: that it trains on.
+        resume_despite: kinds of difference that the user accepts.
+        record: what else stands in ``record.json``.
+
+    Raises:
+        BundleError: the run cannot go on exactly.
+    """
+    if not is_main_process():
+        return
     data = {"manifest": str(cohort.path), "manifest_digest": cohort.digest, "cohort": cohort.name}
-    write_record(Path(folder), calling_config(), {**data, **record})
+    content = {**environment(), **data, **record}
+    if (Path(folder) / "record.json").is_file():
+        refuse_other_setup(Path(folder), calling_config(), content, resume_despite)
+    else:
+        write_record(Path(folder), calling_config(), content)
+
+
+def machine(device: torch.device, precision: str) -> dict[str, Any]:
+    """Return what decides the last bits of a result beside the code: kind of device, arithmetic, processes, threads."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": precision,
+        "processes": world_size(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def calling_config() -> Mapping[str, Any]:

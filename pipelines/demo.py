@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.manifests import Manifest, SplitPlan, import_folder, load_manifest, write_manifest
-from pipelines.phantoms import DEFAULT_LESIONS, LesionPrior, write_head_cohort
+from pipelines.phantoms import DEFAULT_LESIONS, TISSUE_SD, LesionPrior, write_head_cohort
 from pipelines.runner import run_bundle
 from pipelines.training.run_folder import new_run_name
 from transforms.errors import FiducialError, UsageError
@@ -32,6 +32,7 @@ def head_cohort(
     modalities: Sequence[str],
     skull: bool = True,
     lesions: LesionPrior = DEFAULT_LESIONS,
+    tissue_sd: float = TISSUE_SD,
 ) -> Manifest:
     """Return the manifest of the embedded head cohort in ``folder``, generated there unless it is there already.
 
@@ -41,7 +42,7 @@ def head_cohort(
     path = folder / "manifest.json"
     source = (
         f"pipelines.phantoms.head, seed {seed}, {subjects} subjects, {'x'.join(f'{s:g}' for s in spacing_mm)} mm, "
-        f"{' '.join(modalities)}, {'with' if skull else 'without'} skull, {lesions}"
+        f"{' '.join(modalities)}, {'with' if skull else 'without'} skull, {lesions}, tissue_sd {tissue_sd:g}"
     )
     if path.is_file():
         manifest = load_manifest(path, check="sha256")
@@ -52,7 +53,7 @@ def head_cohort(
                 "choose another folder, or remove this one",
             )
         return manifest
-    write_head_cohort(folder, subjects, spacing_mm, seed, modalities, skull=skull, lesions=lesions)
+    write_head_cohort(folder, subjects, spacing_mm, seed, modalities, skull=skull, lesions=lesions, tissue_sd=tissue_sd)
     manifest = import_folder(
         folder,
         {modality: f"{{subject}}/{modality}.nii.gz" for modality in modalities},

@@ -6,14 +6,18 @@ import contextlib
 import json
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transforms.errors import ResourceError
 
 
-def write_atomically(path: str | Path, content: bytes) -> None:
+def write_atomically(path: str | Path, content: bytes, check: Callable[[Path], None] | None = None) -> None:
     """Write ``content`` to a temporary file beside ``path``, sync it, move it into place, sync the folder.
+
+    Args:
+        check: called with the temporary file before it takes its name; raises where it is not as it should be.
 
     Raises:
         ResourceError: the disk is full or the folder cannot be written; what stood under ``path`` before still stands.
@@ -26,6 +30,8 @@ def write_atomically(path: str | Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if check is not None:
+            check(temporary)
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as problem:
@@ -40,6 +46,14 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically; NaN and infinity are refused."""
     write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def sweep_temporaries(folder: str | Path) -> int:
+    """Remove what killed writers left behind in ``folder``; return how many files. Nobody may be writing there."""
+    stale = [path for path in Path(folder).glob(".*.tmp") if path.is_file()]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return len(stale)
 
 
 def _sync_folder(folder: Path) -> None:

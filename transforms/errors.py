@@ -60,6 +60,12 @@ class ResourceError(FiducialError):
     exit_code = 5
 
 
+class InterruptedRun(FiducialError):
+    """A run was asked to stop, saved its state and can be resumed (exit code 75, "try again" of sysexits)."""
+
+    exit_code = 75
+
+
 def find_error(exception: BaseException | None) -> FiducialError | None:
     """Return the ``FiducialError`` at the root of ``exception``, or None.
 

@@ -10,7 +10,7 @@ from pipelines.losses.composite import (
     log_cosh_dice_focal_loss,
     segmentation_loss,
 )
-from pipelines.losses.deep_supervision import DeepSupervisionLoss
+from pipelines.losses.deep_supervision import DeepSupervisionLoss, supervised_loss
 from pipelines.losses.terms import cross_entropy_loss, focal_loss, log_cosh, log_cosh_dice_loss, soft_dice_loss
 from pipelines.losses.voxels import Voxels, prepare_voxels
 
@@ -29,4 +29,5 @@ __all__ = [
     "prepare_voxels",
     "segmentation_loss",
     "soft_dice_loss",
+    "supervised_loss",
 ]

@@ -11,7 +11,7 @@ from monai.utils import convert_to_tensor
 from torch import nn
 from torch.nn import functional as F
 
-from pipelines.losses.composite import CompositeLoss
+from pipelines.losses.composite import CompositeLoss, segmentation_loss
 from transforms.errors import BundleError
 
 
@@ -102,6 +102,11 @@ class DeepSupervisionLoss(nn.Module):
             return list(outputs)
         logits: torch.Tensor = convert_to_tensor(outputs)
         return list(logits.unbind(1)) if logits.ndim == target.ndim + 1 else [logits]
+
+
+def supervised_loss(name: str) -> DeepSupervisionLoss:
+    """Return the segmentation loss called ``name`` over every head of a network."""
+    return DeepSupervisionLoss(segmentation_loss(name))
 
 
 def _resize(labels: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

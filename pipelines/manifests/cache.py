@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 import shutil
 import sys
 import uuid
@@ -58,6 +59,9 @@ def item_digest(item: Mapping[str, Any]) -> str:
         )
     files = {key: digest for key, digest in item["digests"].items() if item.get(key) is not None}
     return _sha256({**{key: value for key, value in item.items() if key not in files}, "digests": files})
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,10 @@ class CaseCache:
             ResourceError: the cache cannot be written.
         """
         entry = self.folder / _sha256([self.digest, item_digest(item)])
+        damage = _damage(entry)
+        if damage:
+            logger.warning("cache %s: case %s is made again, %s", self.folder, item.get("case", ""), damage)
+            shutil.rmtree(entry, ignore_errors=True)
         if not (entry / "entry.json").is_file():
             self._build(dict(item), entry)
         content = json.loads((entry / "entry.json").read_text())
@@ -159,6 +167,22 @@ class CaseCache:
             shutil.rmtree(working, ignore_errors=True)
 
 
+def _damage(entry: Path) -> str:
+    """Return what is wrong with an entry, or nothing where it is whole or not there."""
+    if not (entry / "entry.json").is_file():
+        return ""
+    try:
+        arrays = json.loads((entry / "entry.json").read_text())["arrays"]
+    except (ValueError, KeyError):
+        return "its entry.json cannot be read"
+    for key, about in arrays.items():
+        file = entry / f"{key}.npy"
+        size = file.stat().st_size if file.is_file() else 0
+        if size != about.get("bytes"):
+            return f"{file.name} has {size} bytes instead of {about.get('bytes')}"
+    return ""
+
+
 def _write_entry(data: Mapping[str, Any], folder: Path) -> None:
     arrays: dict[str, dict[str, Any]] = {}
     values: dict[str, Any] = {}
@@ -167,7 +191,7 @@ def _write_entry(data: Mapping[str, Any], folder: Path) -> None:
             affine = value.affine.tolist() if isinstance(value, MetaTensor) else None
             plain = value.as_tensor() if isinstance(value, MetaTensor) else value
             np.save(folder / f"{key}.npy", np.asarray(plain, order="C"))
-            arrays[key] = {"affine": affine}
+            arrays[key] = {"affine": affine, "bytes": (folder / f"{key}.npy").stat().st_size}
         elif _is_plain(value):
             values[key] = value
     (folder / "entry.json").write_text(json.dumps({"arrays": arrays, "values": values}))

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pipelines.phantoms.anatomy import Anatomy, Pose, head_anatomy
 from pipelines.phantoms.head import HeadSubject, head_subject, write_head_cohort
 from pipelines.phantoms.lesions import DEFAULT_LESIONS, LesionPrior, draw_lesion_load, random_lesions
+from pipelines.phantoms.signal import TISSUE_SD
 
 __all__ = [
     "DEFAULT_LESIONS",
+    "TISSUE_SD",
     "Anatomy",
     "HeadSubject",
     "LesionPrior",

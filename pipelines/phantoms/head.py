@@ -22,6 +22,7 @@ from pipelines.phantoms.anatomy import Anatomy, head_anatomy, random_pose
 from pipelines.phantoms.lesions import DEFAULT_LESIONS, LesionPrior, draw_lesion_load, random_lesions
 from pipelines.phantoms.signal import (
     MODALITIES,
+    TISSUE_SD,
     TISSUES,
     Tissue,
     bias_field,
@@ -72,6 +73,7 @@ def head_subject(
     source: str = "auto",
     skull: bool = True,
     lesions: LesionPrior = DEFAULT_LESIONS,
+    tissue_sd: float = TISSUE_SD,
 ) -> HeadSubject:
     """Generate one subject.
 
@@ -86,6 +88,7 @@ def head_subject(
         source: ``mni152``, ``ellipsoid`` or ``auto``.
         skull: False leaves the brain alone in air.
         lesions: how much lesion, and how bright.
+        tissue_sd: relative standard deviation over subjects of every property of every tissue.
 
     Raises:
         UsageError: an argument is out of its range, or nilearn is missing for ``mni152``.
@@ -100,7 +103,7 @@ def head_subject(
     anatomy = head_anatomy(spacing_mm, source, random_pose(for_pose), skull)
     lesion_fraction = random_lesions(anatomy, for_lesions, draw_lesion_load(for_lesions, lesions))
     diseased = with_lesions(anatomy, lesion_fraction)
-    tissues = varied_tissues(for_tissues)
+    tissues = varied_tissues(for_tissues, tissue_sd)
     brightness = for_t2.uniform(*lesions.t2_ms) / TISSUES["lesion"].t2_ms
     tissues["lesion"] = replace(tissues["lesion"], t2_ms=tissues["lesion"].t2_ms * brightness)
     generators = dict(zip(MODALITIES, for_images, strict=True))
@@ -132,6 +135,7 @@ def write_head_cohort(
     source: str = "auto",
     skull: bool = True,
     lesions: LesionPrior = DEFAULT_LESIONS,
+    tissue_sd: float = TISSUE_SD,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
     """Write a cohort as ``<folder>/<subject>/{<modality>,lesion,brain}.nii.gz``, and ``bone.nii.gz`` beside a ``ct``.
@@ -148,6 +152,7 @@ def write_head_cohort(
         source: ``mni152``, ``ellipsoid`` or ``auto``.
         skull: False leaves the brain alone in air.
         lesions: how much lesion, and how bright.
+        tissue_sd: relative standard deviation over subjects of every property of every tissue.
         progress: called with (subjects written, subjects in all) after each subject.
 
     Returns:
@@ -172,7 +177,9 @@ def write_head_cohort(
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
             partial = Path(scratch, "cohort")
             for index in range(subjects):
-                _write_subject(partial, head_subject(seed, index, spacing_mm, modalities, source, skull, lesions))
+                _write_subject(
+                    partial, head_subject(seed, index, spacing_mm, modalities, source, skull, lesions, tissue_sd)
+                )
                 if progress:
                     progress(index + 1, subjects)
             os.replace(partial, folder)

@@ -87,7 +87,10 @@ def tissue_signal(modality: str, tissue: Tissue) -> float:
     return inversion_recovery(tissue, FLAIR_TR_MS, FLAIR_TE_MS, ti_ms)
 
 
-def varied_tissues(rng: np.random.Generator, relative_sd: float = 0.015) -> dict[str, Tissue]:
+TISSUE_SD = 0.015
+
+
+def varied_tissues(rng: np.random.Generator, relative_sd: float = TISSUE_SD) -> dict[str, Tissue]:
     """Tissues of one subject: every property of the table times 1 + N(0, ``relative_sd``); air stays air."""
     varied = {}
     for name, tissue in TISSUES.items():

@@ -3,44 +3,47 @@
 from pipelines.training.averaging import averaged_network
 from pipelines.training.checkpoints import load_weights, read_contract, read_header, save_weights, start_from
 from pipelines.training.datasets import PatchDataset, VolumeDataset, crop_with_margin
-from pipelines.training.engines import (
-    device_of,
-    patch_loader,
-    supervised_trainer,
-    train,
-    training_inferer,
-    validator_or_none,
-)
+from pipelines.training.distributed import join_processes, leave_processes
+from pipelines.training.engines import device_of, training_inferer, validator_or_none
+from pipelines.training.ensembles import common_contract, load_members, refuse_seen_cases
 from pipelines.training.evaluation import CaseMetrics, ReportCases
 from pipelines.training.landmarks import read_landmarks
-from pipelines.training.results import find_checkpoint, prediction_folder, results_folder, source_of
-from pipelines.training.run_folder import create_run, refuse_existing_run
+from pipelines.training.phases import plan_phases
+from pipelines.training.results import find_checkpoint, find_weights, prediction_folder, results_folder, source_of
+from pipelines.training.resume import open_run
+from pipelines.training.run import TrainingRun
+from pipelines.training.run_folder import refuse_existing_run
 from pipelines.training.validation import ValidationDice
 
 __all__ = [
     "CaseMetrics",
     "PatchDataset",
     "ReportCases",
+    "TrainingRun",
     "ValidationDice",
     "VolumeDataset",
     "averaged_network",
-    "create_run",
+    "common_contract",
     "crop_with_margin",
     "device_of",
     "find_checkpoint",
+    "find_weights",
+    "join_processes",
+    "leave_processes",
+    "load_members",
     "load_weights",
-    "patch_loader",
+    "open_run",
+    "plan_phases",
     "prediction_folder",
     "read_contract",
     "read_header",
     "read_landmarks",
     "refuse_existing_run",
+    "refuse_seen_cases",
     "results_folder",
     "save_weights",
     "source_of",
     "start_from",
-    "supervised_trainer",
-    "train",
     "training_inferer",
     "validator_or_none",
 ]

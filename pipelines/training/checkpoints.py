@@ -7,19 +7,15 @@ so a network can never be run with another preprocessing than it was trained wit
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 
-from pipelines.files import write_atomically
+from pipelines import tensorfile
 from transforms.errors import BundleError
 
-HEADER_KEY = "fiducial"
 MUST_MEAN_THE_SAME = ("modalities", "labels", "foreground", "dimensions")
 
 
@@ -29,9 +25,7 @@ def save_weights(network: torch.nn.Module, header: Mapping[str, Any], path: str 
     Raises:
         ResourceError: the disk is full or the folder read-only.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in distinct_tensors(network).items()}
-    content = save(tensors, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
-    write_atomically(path, content)
+    tensorfile.write_tensors(path, distinct_tensors(network), header)
 
 
 def distinct_tensors(network: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -55,14 +49,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
             "there are no trained weights here",
             "train first, or name the weights with --checkpoint",
         )
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as problem:
-        raise BundleError(
-            f"checkpoint {path}: unreadable", str(problem), "the file is damaged: take another checkpoint of the run"
-        ) from problem
-    header = json.loads(metadata.get(HEADER_KEY, "{}"))
+    header = tensorfile.read_header(path)
     if "contract" not in header:
         raise BundleError(
             f"checkpoint {path}: no contract",
@@ -90,7 +77,10 @@ def start_from(network: torch.nn.Module, path: str | Path, contract: Mapping[str
     """
     if not path:
         return network
-    earlier = read_contract(path)
+    header = read_header(path)
+    if header.get("epoch", 1) < 1:
+        raise BundleError(f"initial_weights {path}: untrained", "its header says epoch 0", "name trained weights")
+    earlier = header["contract"]
     for key in MUST_MEAN_THE_SAME:
         before, now = (_meaning(each[key]) for each in (earlier, contract))
         if before != now:
@@ -116,7 +106,17 @@ def load_weights(network: torch.nn.Module, path: str | Path) -> torch.nn.Module:
         BundleError: another architecture; the message counts what matches and names the first tensor that does not.
     """
     read_header(path)
-    stored = load_file(str(path))
+    stored, _ = tensorfile.read_tensors(path)
+    load_tensors(network, stored, f"checkpoint {path}")
+    return network
+
+
+def load_tensors(network: torch.nn.Module, stored: Mapping[str, torch.Tensor], source: str) -> None:
+    """Copy ``stored`` into the network's tensors, all of them.
+
+    Raises:
+        BundleError: another architecture, see ``load_weights``.
+    """
     expected = distinct_tensors(network)
     missing = [name for name in expected if name not in stored]
     unexpected = [name for name in stored if name not in expected]
@@ -125,7 +125,7 @@ def load_weights(network: torch.nn.Module, path: str | Path) -> torch.nn.Module:
         first = (missing + unexpected + reshaped)[0]
         matched = len(expected) - len(missing) - len(reshaped)
         raise BundleError(
-            f"checkpoint {path}: another architecture (first mismatch: {first})",
+            f"{source}: another architecture (first mismatch: {first})",
             f"{matched} of {len(expected)} tensors match, {len(missing)} missing, {len(unexpected)} unexpected, "
             f"{len(reshaped)} of another shape; all must match",
             "use the configuration with which the weights were trained",
@@ -133,4 +133,3 @@ def load_weights(network: torch.nn.Module, path: str | Path) -> torch.nn.Module:
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(stored[name])
-    return network

@@ -1,7 +1,7 @@
 """Data sets over the content cache: balanced patches for training, whole cases for validation.
 
-A sample is a function of (seed, epoch, index) and of nothing else: neither the number of workers nor the order in which
-they run can change what the network sees.
+A sample is a function of (seed, epoch, index, phase) and of nothing else: neither the number of workers or processes
+nor the order in which they run can change what the network sees.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from torch.utils.data import Dataset
 
 from pipelines.manifests.cache import CachedCase, CaseCache
 from pipelines.progress import progress
-from transforms.errors import BundleError, DataError
+from pipelines.training.distributed import share, wait_for_all, world_size
+from transforms.errors import BundleError, DataError, find_error
 from transforms.gamma import refuse_gamma_after_normalisation
 
+ATTEMPTS = 10  # cases that may fail one after another before a sample is given up
 MAXIMUM_CENTRES = 20_000  # per class and case: enough to draw from, small enough to read in a millisecond
 
 
@@ -71,15 +73,16 @@ class PatchDataset(Dataset):
         cache_dir: folder of the content cache.
         label_ids: foreground labels.
         crop_size: voxels of the crop along each axis; where it reaches beyond the case, it is filled with air.
-        samples_per_epoch: length of the data set.
         foreground_probability: share of patches centred on a labelled voxel, if the case has one (each class equally
             often); the others are centred anywhere in the image's foreground.
         seed: the run's seed.
         patch_size: voxels that the random chain keeps of the crop. The patch stays inside the case while the crop may
             reach beyond it, so that the rim of a case is learnt from too. None = the chain keeps the whole crop.
+        on_bad_case: what to do when a case fails in the middle of an epoch: ``stop``, or ``skip`` it, taking another
+            and counting (``bad_cases`` of the sample: pairs of case and reason).
 
     Raises:
-        DataError: no case, a case without a label or without foreground.
+        DataError: no case, a case without a label or without foreground; with ``stop``, a case that fails.
         BundleError: gamma after a signed normalisation in the whole chain, a share outside 0 to 1, a patch that is
             larger than the crop or not in its middle.
     """
@@ -92,11 +95,13 @@ class PatchDataset(Dataset):
         cache_dir: str,
         label_ids: Sequence[int],
         crop_size: Sequence[int],
-        samples_per_epoch: int,
         foreground_probability: float = 0.5,
         seed: int = 0,
         patch_size: Sequence[int] | None = None,
+        on_bad_case: str = "stop",
     ) -> None:
+        if on_bad_case not in ("stop", "skip"):
+            raise BundleError(f"on_bad_case {on_bad_case!r}", "expected stop or skip", "correct it")
         refuse_gamma_after_normalisation([preparation, transform])
         _refuse_unlabelled(data, "training")
         if not 0 <= foreground_probability <= 1:
@@ -108,22 +113,35 @@ class PatchDataset(Dataset):
         self.label_ids = tuple(label_ids)
         self.crop_size = tuple(int(s) for s in crop_size)
         self.margin = _margin(self.crop_size, self.crop_size if patch_size is None else patch_size)
-        self.samples_per_epoch = int(samples_per_epoch)
         self.foreground_probability = float(foreground_probability)
         self.seed = int(seed)
+        self.on_bad_case = on_bad_case
+        self.phase = 0
         self.epoch = 0
         self.cases = prepare(CaseCache(cache_dir, preparation, PatchCentres(label_ids)), self.data, "training")
 
-    def __len__(self) -> int:
-        return self.samples_per_epoch
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose samples are drawn (counted from 1 by the trainer)."""
-        self.epoch = int(epoch)
+    def set_epoch(self, epoch: int, phase: int = 0) -> None:
+        """Choose the epoch whose samples are drawn (counted from 1 by the trainer), and the phase (from 0)."""
+        self.epoch, self.phase = int(epoch), int(phase)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        draw = np.random.default_rng([self.seed, self.epoch, int(index)])
-        case = self.cases[int(draw.integers(len(self.cases)))]
+        draw = np.random.default_rng([self.seed, self.epoch, int(index), self.phase])
+        bad: list[tuple[str, str]] = []
+        while True:
+            case = self.cases[int(draw.integers(len(self.cases)))]
+            try:
+                item = self._sample(case, draw)
+            except Exception as problem:
+                name = str(case.values["case"])
+                reason = find_error(problem) or problem
+                if self.on_bad_case == "stop" or len(bad) >= ATTEMPTS:
+                    raise _bad_case(name, reason) from problem
+                bad.append((name, " ".join(f"{type(reason).__name__}: {reason}".split())))
+            else:
+                item["bad_cases"] = bad
+                return item
+
+    def _sample(self, case: CachedCase, draw: np.random.Generator) -> dict[str, Any]:
         window = crop_window(self._centre(case, draw), self.crop_size, case.array("image").shape[1:], self.margin)
         item: dict[str, Any] = {"case": case.values["case"]}
         for key in case.arrays:
@@ -145,6 +163,8 @@ class PatchDataset(Dataset):
 class VolumeDataset(Dataset):
     """Whole preprocessed cases, from the same cache as the patches, for validation during training.
 
+    Of several processes each has its share; every case belongs to exactly one.
+
     Args:
         data: items of ``case_items``; may be empty (no validation then).
         preparation: the deterministic chain.
@@ -163,9 +183,9 @@ class VolumeDataset(Dataset):
     ) -> None:
         if data:
             _refuse_unlabelled(data, "validation")
-        self.data = list(data)
         self.transform = transform
-        self.cases = prepare(CaseCache(cache_dir, preparation, PatchCentres(label_ids)), self.data, "validation")
+        self.n_cases = len(data)  # over all processes
+        self.cases = share(prepare(CaseCache(cache_dir, preparation, PatchCentres(label_ids)), data, "validation"))
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -175,8 +195,25 @@ class VolumeDataset(Dataset):
         return self.transform({key: value for key, value in whole.items() if not key.startswith("centres_")})
 
 
+def _bad_case(name: str, reason: BaseException) -> DataError:
+    if isinstance(reason, DataError):
+        return reason
+    return DataError(
+        f"case {name}: no patch can be made of it",
+        f"{type(reason).__name__}: {reason}",
+        "remove its entry from the cache, or see the case; on_bad_case: skip goes on without it and counts",
+    )
+
+
 def prepare(cache: CaseCache, data: Sequence[Mapping[str, Any]], name: str) -> list[CachedCase]:
-    """Return every case of ``data`` from the cache, preprocessing what is not there, with progress shown."""
+    """Return every case of ``data`` from the cache, preprocessing what is not there, with progress shown.
+
+    Several processes share the work; none goes on before all is there.
+    """
+    if world_size() > 1:
+        for item in share(data):
+            cache.get(item)
+        wait_for_all()
     return [cache.get(item) for item in progress(data, f"preparing {name} cases")]
 
 
@@ -238,4 +275,5 @@ def collate_batch(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         key: torch.stack([torch.as_tensor(np.asarray(sample[key])) for sample in samples]) for key in ("image", "label")
     }
     batch["case"] = [sample["case"] for sample in samples]
+    batch["bad_cases"] = [bad for sample in samples for bad in sample.get("bad_cases", [])]
     return batch

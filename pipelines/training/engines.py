@@ -1,28 +1,31 @@
-"""Assemble a training run from MONAI's engines; nothing is computed here.
+"""Assemble the engine of one phase of training from MONAI's; nothing is computed here.
 
-Every bundle trains through ``supervised_trainer``: what differs between tasks (data, network, loss, inferer, metric)
-comes in as an argument.
+Every bundle trains through ``phase_engine``: what differs between tasks (data, network, loss, inferer, metric) comes in
+as an argument. ``pipelines.training.run`` takes a run through its phases.
 """
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from ignite.engine import Engine
-from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from ignite.engine import Engine, Events
+from ignite.metrics import Metric
+from monai.engines import SupervisedEvaluator
 from monai.handlers import ValidationHandler
 from monai.inferers import Inferer, SimpleInferer
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from pipelines.inference.inferers import AutocastInferer
 from pipelines.training.board import TensorBoardLog
-from pipelines.training.datasets import collate_batch
+from pipelines.training.distributed import is_main_process, local_device, world_size
+from pipelines.training.faults import CountBadCases, FaultTolerantTrainer, NonFiniteSteps
 from pipelines.training.handlers import (
     AverageLoss,
     ClipGradients,
@@ -31,134 +34,190 @@ from pipelines.training.handlers import (
     ReportProgress,
     SeedEpoch,
     StopEarly,
-    StopOnNonFiniteLoss,
 )
-from pipelines.training.run_folder import extend_record
-from pipelines.training.schedule import polynomial_with_warmup
+from pipelines.training.phases import Phase
+from pipelines.training.state import NetworkState, Stateful
 from transforms.errors import BundleError
 
-logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class PhaseEngine:
+    """A trainer and what belongs to it.
+
+    Attributes:
+        trainer: MONAI's trainer with every handler attached.
+        parts: by name, everything whose state a run must not lose and which is the same in every process.
+        own: the same for what every process has of its own.
+        keeper: of the phase's checkpoints.
+        board, non_finite, bad_cases: the handlers of these names.
+        stop_early: None where the phase never stops early.
+    """
+
+    trainer: FaultTolerantTrainer
+    parts: dict[str, Stateful]
+    own: dict[str, Stateful]
+    keeper: KeepCheckpoints
+    board: TensorBoardLog
+    non_finite: NonFiniteSteps
+    bad_cases: CountBadCases
+    stop_early: StopEarly | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        state = self.trainer.state
+        return state.epoch >= state.max_epochs or (self.stop_early is not None and self.stop_early.stopped)
 
 
-def patch_loader(dataset: Any, batch_size: int, workers: int) -> DataLoader:
-    """Return the loader of training patches; the order is the data set's own, which draws at random."""
-    return DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate_batch, shuffle=False)
+class Validate(ValidationHandler):
+    """MONAI's handler; where there are more processes than cases, one without a case adds nothing to the metrics."""
+
+    def __init__(self, validator: SupervisedEvaluator, interval: int, metrics: Mapping[str, Metric]) -> None:
+        super().__init__(interval=interval, validator=validator)
+        self.metrics = dict(metrics)
+
+    def __call__(self, engine: Engine) -> None:
+        assert self.validator is not None
+        if len(self.validator.data_loader):
+            super().__call__(engine)
+            return
+        self.validator.state.epoch = engine.state.epoch
+        for name, metric in self.metrics.items():  # the others wait for this process's share of the sums
+            metric.reset()
+            metric.completed(self.validator, name)
 
 
-def supervised_trainer(
+def phase_engine(
+    phase: Phase,
+    number: int,
     *,
     network: torch.nn.Module,
     average: AveragedModel,
     loss: torch.nn.Module,
     loader: DataLoader,
     optimizer: torch.optim.Optimizer,
-    run: str | Path,
+    scheduler: LRScheduler,
+    checkpoints: Path,
+    tensorboard: Path,
+    batches: Path,
     header: Mapping[str, Any],
     colours: Mapping[int, str],
-    max_epochs: int,
+    labels: Mapping[int, str],
     device: torch.device,
     inferer: Inferer,
     precision: str,
-    warmup_epochs: int = 0,
-    decay_power: float = 0.9,
-    accumulation_steps: int = 1,
-    clip_norm: float = 12.0,
-    validator: SupervisedEvaluator | None = None,
-    validation_interval: int = 1,
-    early_stopping_patience: int = 0,
-    early_stopping_min_delta: float = 0.0,
+    clip_norm: float,
+    compiled: bool,
+    validator: SupervisedEvaluator | None,
+    metrics: Mapping[str, Metric],
+    validation_interval: int,
+    min_delta: float,
     handlers: Sequence[Any] = (),
-) -> SupervisedTrainer:
-    """Return MONAI's ``SupervisedTrainer`` with what every run here has: schedule, clipping, average, validation, log.
+) -> PhaseEngine:
+    """Return the engine of one phase: schedule, clipping, average, validation, checkpoints, log.
 
     Args:
+        phase: what learns, how long.
+        number: of the phase in its run, from 0.
         average: ``averaged_network(network, decay)``; validated and saved in place of the network.
         loss: on logits, with ``last_terms`` for the log.
-        loader: batches of ``collate_batch``; its data set has ``set_epoch``.
-        run: the run's folder.
+        loader: of ``patch_loader``.
+        checkpoints: folder of ``best`` and ``last``.
+        tensorboard: folder of the log.
+        batches: folder for batches whose loss is not finite.
         header: what the weights' header says besides epoch and metric (must hold the ``contract``).
         colours: ``#rrggbb`` per label id, for the overlays.
+        labels: name per label id, for the precision-recall curves.
         precision: from ``choose_precision``; fp16 trains with scaled gradients.
+        compiled: run the network through ``torch.compile``.
         validator: validates ``average.module`` every ``validation_interval`` epochs; None = no validation cases.
-        early_stopping_patience: epochs without improvement, counted after the warm-up and a quarter of the run;
-            0 = never stop.
+        metrics: of the validator, by name.
         handlers: further ignite handlers of the bundle.
-
-    Raises:
-        BundleError: a hyper-parameter with which nothing could be learnt.
     """
-    if accumulation_steps < 1:
-        raise BundleError(f"accumulation_steps {accumulation_steps}", "at least 1 expected", "correct it")
-    steps_per_epoch = -(-len(loader) // accumulation_steps)
-    scheduler = polynomial_with_warmup(
-        optimizer, steps_per_epoch * max_epochs, steps_per_epoch * warmup_epochs, decay_power
-    )
-    keeper = KeepCheckpoints(
-        Path(run) / "checkpoints", average.module, dict(header), validator, early_stopping_min_delta
-    )
+    keeper = KeepCheckpoints(checkpoints, average.module, dict(header), validator, min_delta)
+    non_finite = NonFiniteSteps(batches, network, header)
+    losses = AverageLoss()
+    bad_cases = CountBadCases()
+    parts: dict[str, Stateful] = {
+        "network": NetworkState(network),
+        "average": NetworkState(average),
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "keeper": keeper,
+        "non_finite": non_finite,
+    }
 
     def rate() -> float:
         return float(optimizer.param_groups[0]["lr"])
 
     standard: list[Any] = [
-        SeedEpoch(loader.dataset),
-        StopOnNonFiniteLoss(),
-        ClipGradients(clip_norm),
-        FollowOptimizer(scheduler, average),
-        AverageLoss(),
+        SeedEpoch(loader.dataset, number),
+        bad_cases,
+        non_finite,
+        ClipGradients(clip_norm, non_finite),
+        FollowOptimizer(scheduler, network, average),
+        losses,
     ]
     if validator is not None:
-        standard.append(ValidationHandler(interval=validation_interval, validator=validator))
+        standard.append(Validate(validator, validation_interval, metrics))
     standard.append(keeper)
-    standard.append(TensorBoardLog(Path(run) / "tensorboard", rate, validator, colours))
-    standard.append(ReportProgress(validator, rate))
-    if early_stopping_patience and validator is not None:
-        first = max(warmup_epochs, -(-max_epochs // 4))
-        standard.append(StopEarly(keeper, early_stopping_patience, first))
-    trainer = SupervisedTrainer(
+    board = TensorBoardLog(tensorboard, rate, validator, colours, labels, active=is_main_process())
+    parts["board"] = board
+    standard += [board, ReportProgress(validator, rate)]
+    stop_early = None
+    if phase.patience and validator is not None:
+        first = max(phase.warmup_epochs, -(-phase.max_epochs // 4))
+        stop_early = StopEarly(keeper, phase.patience, first)
+        parts["stop_early"] = stop_early
+        standard.append(stop_early)
+    trainer = FaultTolerantTrainer(
         device=device,
-        max_epochs=max_epochs,
+        max_epochs=phase.max_epochs,
         train_data_loader=loader,
-        network=network,
+        network=shared_network(network),
         optimizer=optimizer,
         loss_function=loss,
         inferer=inferer,
-        accumulation_steps=accumulation_steps,
+        accumulation_steps=phase.accumulation_steps,
         optim_set_to_none=True,
         amp=precision == "fp16",
+        compile=compiled,
         decollate=False,
         train_handlers=[*standard, *handlers],
     )
-    trainer.keeper = keeper
-    return trainer
+    parts["scaler"] = ScalerState(trainer)
+    own: dict[str, Stateful] = {"losses": losses, "bad_cases": bad_cases}
+    return PhaseEngine(trainer, parts, own, keeper, board, non_finite, bad_cases, stop_early)
 
 
-def train(trainer: SupervisedTrainer, run: str | Path) -> None:
-    """Run the training; add its outcome (best metric, epochs, minutes, history) to ``record.json`` of the run."""
-    started = time.monotonic()
-    logger.info("training in %s; watch it with: tensorboard --logdir %s", run, Path(run) / "tensorboard")
-    trainer.run()
-    keeper: KeepCheckpoints = trainer.keeper
-    outcome = {
-        "epochs": int(trainer.state.epoch),
-        "steps": int(trainer.state.iteration),
-        "minutes": round((time.monotonic() - started) / 60, 3),
-        "best_metric": keeper.best_metric,
-        "best_epoch": keeper.best_epoch or None,
-        "history": keeper.history,
-    }
-    extend_record(Path(run), {"outcome": outcome})
-    best = (
-        f"best validation {keeper.best_metric:.4f} in epoch {keeper.best_epoch}"
-        if keeper.best_epoch
-        else "no validation"
-    )
-    logger.info("trained %d epochs in %.1f min: %s", outcome["epochs"], outcome["minutes"], best)
+class ScalerState:
+    """The gradient scaler of fp16, which MONAI's trainer makes anew when it starts."""
+
+    def __init__(self, trainer: FaultTolerantTrainer) -> None:
+        self.trainer = trainer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return scale and growth, or nothing without fp16."""
+        scaler = getattr(self.trainer, "scaler", None)
+        return {} if scaler is None else dict(scaler.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take them back as soon as there is a scaler."""
+        if state:
+            self.trainer.add_event_handler(Events.STARTED, lambda e: e.scaler.load_state_dict(dict(state)))
+
+
+def shared_network(network: torch.nn.Module) -> torch.nn.Module:
+    """Return the network, in several processes wrapped so that they average their gradients."""
+    if world_size() == 1:
+        return network
+    device = local_device()
+    return DistributedDataParallel(network, device_ids=None if device is None else [device])
 
 
 def validator_or_none(evaluator: Engine, dataset: Any) -> Engine | None:
     """Return the evaluator, or None where the cohort has no validation case (then the last weights are the result)."""
-    return evaluator if len(dataset) else None
+    return evaluator if dataset.n_cases else None
 
 
 def training_inferer(precision: str) -> Inferer:
@@ -169,13 +228,13 @@ def training_inferer(precision: str) -> Inferer:
 
 
 def device_of(name: str) -> torch.device:
-    """Return the device called ``name``; ``auto`` is the first GPU, or the CPU where there is none.
+    """Return the device called ``name``; ``auto`` is this process's GPU, or the CPU where there is none.
 
     Raises:
         BundleError: the device is not on this machine.
     """
     if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        return local_device() or torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

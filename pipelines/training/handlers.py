@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from tqdm import tqdm
 
 from pipelines.progress import on_terminal
 from pipelines.training.checkpoints import save_weights
-from transforms.errors import BundleError, DataError
+from pipelines.training.distributed import is_main_process, mean_over_processes
+from pipelines.training.faults import NonFiniteSteps
+from transforms.errors import BundleError
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +35,20 @@ def optimizer_steps_now(engine: Engine) -> bool:
 
 
 class ClipGradients:
-    """Scale the gradients down to a total norm of ``max_norm`` before every optimiser step."""
+    """Scale the gradients down to a total norm of ``max_norm`` before every optimiser step.
 
-    def __init__(self, max_norm: float) -> None:
+    Args:
+        max_norm: in the unit of the gradients.
+        non_finite: what to do about a norm that is NaN or infinite. With scaled gradients (fp16) the scaler does it.
+    """
+
+    def __init__(self, max_norm: float, non_finite: NonFiniteSteps) -> None:
         if not max_norm > 0:
             raise BundleError(
                 f"clip_norm {max_norm}", "gradients of norm 0 teach nothing", "take a positive number, or .inf for none"
             )
         self.max_norm = max_norm
+        self.non_finite = non_finite
 
     def attach(self, engine: Engine) -> None:
         """Register on the trainer."""
@@ -51,14 +59,17 @@ class ClipGradients:
             return
         if engine.scaler is not None:
             engine.scaler.unscale_(engine.optimizer)
-        torch.nn.utils.clip_grad_norm_(engine.network.parameters(), self.max_norm)
+        norm = torch.nn.utils.clip_grad_norm_(engine.network.parameters(), self.max_norm)
+        if engine.scaler is None and not bool(torch.isfinite(norm)):  # the same in all processes: gradients are shared
+            self.non_finite.leave_out(engine, "the gradient's norm", {"gradient norm": float(norm)})
 
 
 class FollowOptimizer:
     """After every optimiser step: move the learning rate and the averaged weights."""
 
-    def __init__(self, scheduler: LRScheduler, average: AveragedModel) -> None:
+    def __init__(self, scheduler: LRScheduler, network: torch.nn.Module, average: AveragedModel) -> None:
         self.scheduler = scheduler
+        self.network = network  # the plain one: the engine's may be wrapped for several processes, or compiled
         self.average = average
 
     def attach(self, engine: Engine) -> None:
@@ -67,40 +78,20 @@ class FollowOptimizer:
 
     def __call__(self, engine: Engine) -> None:
         if optimizer_steps_now(engine):
-            self.average.update_parameters(engine.network)
+            self.average.update_parameters(self.network)
             self.scheduler.step()
 
 
 class SeedEpoch:
-    """Tell the data set which epoch it draws its samples for."""
+    """Tell the data set which epoch of which phase it draws its samples for."""
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, phase: int = 0) -> None:
         self.dataset = dataset
+        self.phase = phase
 
     def attach(self, engine: Engine) -> None:
         """Register on the trainer."""
-        engine.add_event_handler(Events.EPOCH_STARTED, lambda e: self.dataset.set_epoch(e.state.epoch))
-
-
-class StopOnNonFiniteLoss:
-    """Stop, naming term and cases, as soon as the loss is NaN or infinite; nothing is ever put in its place."""
-
-    def attach(self, engine: Engine) -> None:
-        """Register on the trainer."""
-        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        loss = engine.state.output["loss"].detach()
-        if bool(torch.isfinite(loss)):
-            return
-        terms = getattr(engine.loss_function, "last_terms", {})
-        bad = [name for name, value in terms.items() if not math.isfinite(float(value))]
-        raise DataError(
-            f"loss is {float(loss)} at epoch {engine.state.epoch}, iteration {engine.state.iteration}, "
-            f"term {', '.join(bad) or 'unknown'}, cases {', '.join(engine.state.batch.get('case', []))}",
-            "a finite loss is expected in every step",
-            "look at these cases, lower learning_rate, or train with --precision fp32",
-        )
+        engine.add_event_handler(Events.EPOCH_STARTED, lambda e: self.dataset.set_epoch(e.state.epoch, self.phase))
 
 
 class KeepCheckpoints:
@@ -147,8 +138,19 @@ class KeepCheckpoints:
             self._save("best", epoch, metric)
         self._save("last", epoch, metric)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best so far and the history."""
+        return {"best_metric": self.best_metric, "best_epoch": self.best_epoch, "history": self.history}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.best_metric, self.best_epoch = state["best_metric"], int(state["best_epoch"])
+        self.history = list(state["history"])
+
     def _save(self, name: str, epoch: int, metric: float | None) -> None:
         shown = None if metric is None else finite_or_none(metric)  # JSON has no NaN
+        if not is_main_process():
+            return
         header = {**self.header, "epoch": epoch, "metric": shown, "best_metric": self.best_metric}
         save_weights(self.network, {**header, "history": self.history}, self.folder / f"{name}.safetensors")
 
@@ -166,6 +168,7 @@ class StopEarly:
         self.keeper = keeper
         self.patience = patience
         self.first_epoch = first_epoch
+        self.stopped = False
 
     def attach(self, engine: Engine) -> None:
         """Register on the trainer, after ``KeepCheckpoints``."""
@@ -180,11 +183,27 @@ class StopEarly:
                 self.keeper.best_epoch,
                 self.patience,
             )
+            self.stopped = True
             engine.terminate()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return whether it has ended the run."""
+        return {"stopped": self.stopped}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take it back."""
+        self.stopped = bool(state["stopped"])
 
 
 class AverageLoss:
-    """Mean of the loss and of each of its terms over an epoch, in ``engine.state.metrics``."""
+    """Mean of the loss and of each of its terms over an epoch (and over processes), in ``engine.state.metrics``.
+
+    Steps that were left out because their loss is not finite do not count.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._count = 0
 
     def attach(self, engine: Engine) -> None:
         """Register on the trainer, before whatever reports the metrics."""
@@ -192,18 +211,32 @@ class AverageLoss:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._compute)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums of the epoch so far."""
+        return {"sums": dict(self._sums), "count": self._count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on adding to them."""
+        self._sums, self._count = dict(state["sums"]), int(state["count"])
+
     def _reset(self, engine: Engine) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._count = 0
+        if engine.state.iteration % engine.state.epoch_length == 0:  # else a run goes on in the middle of its epoch
+            self._sums, self._count = {}, 0
 
     def _add(self, engine: Engine) -> None:
         terms = {"loss": engine.state.output["loss"].detach(), **getattr(engine.loss_function, "last_terms", {})}
+        if not bool(torch.isfinite(terms["loss"])):
+            return
         for name, value in terms.items():
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+            before = self._sums.get(name)
+            self._sums[name] = value.clone() if before is None else before.to(value.device) + value
         self._count += 1
 
     def _compute(self, engine: Engine) -> None:
-        engine.state.metrics.update({name: float(total) / self._count for name, total in self._sums.items()})
+        if self._count:
+            names = sorted(self._sums)
+            means = mean_over_processes(torch.stack([self._sums[name].double() for name in names]) / self._count)
+            engine.state.metrics.update(zip(names, means.tolist(), strict=True))
 
 
 class ReportProgress:
@@ -222,9 +255,10 @@ class ReportProgress:
 
     def _start(self, engine: Engine) -> None:
         self._started = time.monotonic()
-        if on_terminal():
+        if on_terminal() and is_main_process():
             name = f"epoch {engine.state.epoch}/{engine.state.max_epochs}"
-            self._bar = tqdm(total=engine.state.epoch_length, desc=name, unit="step", leave=False)
+            done = engine.state.iteration % engine.state.epoch_length
+            self._bar = tqdm(total=engine.state.epoch_length, initial=done, desc=name, unit="step", leave=False)
 
     def _advance(self, engine: Engine) -> None:
         if self._bar is not None:

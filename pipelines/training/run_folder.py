@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import subprocess
@@ -30,8 +31,8 @@ def new_run_name() -> str:
     return time.strftime("%Y%m%d-%H%M%S")
 
 
-def refuse_existing_run(runs_dir: str | Path, bundle: str, name: str) -> None:
-    """Refuse a run name that is taken or is not a plain folder name, before any work is done.
+def refuse_existing_run(runs_dir: str | Path, bundle: str, name: str, resume: bool | str = False) -> None:
+    """Without ``resume``, refuse a run name that is taken or is not a plain folder name, before any work is done.
 
     Raises:
         UsageError: see above.
@@ -40,7 +41,7 @@ def refuse_existing_run(runs_dir: str | Path, bundle: str, name: str) -> None:
     if name and (Path(name).name != name or name.startswith(".")):
         raise UsageError(f"run_name {name!r}", "expected a plain folder name", "leave out slashes and leading dots")
     folder = Path(runs_dir).resolve() / bundle / name
-    if name and folder.exists() and any(folder.iterdir()):
+    if name and not resume and folder.exists() and any(folder.iterdir()):
         raise UsageError(
             f"run {folder} exists already",
             "a run never writes into another run's folder",
@@ -96,7 +97,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": {name: _version(name) for name in _RECORDED},
         "commit": _commit(),
-        "threads": torch.get_num_threads(),
+        "code_digest": code_digest(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
@@ -105,7 +106,7 @@ def environment() -> dict[str, Any]:
 def write_record(folder: Path, config: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     """Write ``config.yaml`` and ``record.json`` of a run."""
     write_atomically(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())
-    write_json(folder / "record.json", {**environment(), **record})
+    write_json(folder / "record.json", record)
 
 
 def extend_record(folder: Path, record: Mapping[str, Any]) -> None:
@@ -113,6 +114,16 @@ def extend_record(folder: Path, record: Mapping[str, Any]) -> None:
     path = folder / "record.json"
     written = json.loads(path.read_text()) if path.is_file() else {}
     write_json(path, {**written, **record})
+
+
+def code_digest() -> str:
+    """Return the SHA-256 of the sources of ``pipelines`` and ``transforms`` as they are now, committed or not."""
+    root = Path(__file__).resolve().parents[2]
+    digest = hashlib.sha256()
+    for package in ("pipelines", "transforms"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _version(name: str) -> str | None:

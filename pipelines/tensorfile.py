@@ -1,0 +1,87 @@
+"""Tensors and JSON in one file that proves itself: safetensors with a digest over every byte that matters.
+
+Used for weights, for the state of a run and for a batch that is kept for replay. A file appears complete or not at all,
+and has been read back before it takes its name. Loading executes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, load_file, save
+
+from pipelines.files import write_atomically
+from transforms.errors import BundleError, ResourceError
+
+HEADER_KEY = "fiducial"
+DIGEST_KEY = "sha256"
+_DAMAGED = "the file is damaged: take another checkpoint of the run"
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
+    """Write ``tensors`` and ``header`` (JSON-able, no NaN), completely or not at all.
+
+    Raises:
+        ResourceError: the disk is full, the folder read-only, or the file does not read back as it was written.
+    """
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(header, sort_keys=True, allow_nan=False)
+    digest = _digest(stored, text)
+
+    def reads_back(temporary: Path) -> None:
+        if _digest(load(temporary.read_bytes()), text) != digest:
+            raise ResourceError(
+                f"{path}: does not read back as it was written", "the storage is faulty", "write to another disk"
+            )
+
+    write_atomically(path, save(stored, metadata={HEADER_KEY: text, DIGEST_KEY: digest}), check=reads_back)
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """Return the header of a file of ``write_tensors``; its tensors are not read, its digest is not proven.
+
+    Raises:
+        BundleError: the file is damaged or is no safetensors file. Without a header of ours, the result is empty.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+        return json.loads(metadata.get(HEADER_KEY, "{}"))
+    except (SafetensorError, OSError, ValueError) as problem:
+        raise BundleError(f"{path}: unreadable", str(problem), _DAMAGED) from problem
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return tensors (on the CPU) and header of a file, its digest proven.
+
+    Raises:
+        BundleError: the file is damaged, even by one bit.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+        tensors = load_file(str(path))
+    except (SafetensorError, OSError) as problem:
+        raise BundleError(f"{path}: unreadable", str(problem), _DAMAGED) from problem
+    text = metadata.get(HEADER_KEY, "{}")
+    if DIGEST_KEY not in metadata:
+        raise BundleError(f"{path}: no digest", "it was not written by this version of Fiducial", "train again with it")
+    if metadata[DIGEST_KEY] != _digest(tensors, text):
+        raise BundleError(f"{path}: damaged", "its content is not what its digest says", _DAMAGED)
+    return tensors, json.loads(text)
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], header: str) -> str:
+    """Return the SHA-256 of the header's text and of every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

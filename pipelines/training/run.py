@@ -1,0 +1,328 @@
+"""A training run from its first phase to its last, which goes on after a kill where it stood, bit for bit.
+
+One network lives through all phases: each starts from the best weights of the one before, loaded in place, so that
+there is never a second copy on the device. The run's state is written after every epoch, and on request every so many
+steps and when the system asks the process to stop.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from ignite.engine import Engine, Events
+from ignite.metrics import Metric
+from monai.engines import SupervisedEvaluator
+from monai.inferers import Inferer
+from torch.optim.swa_utils import AveragedModel
+
+from pipelines.networks.memory_layout import lay_out_channels_last
+from pipelines.training.checkpoints import load_weights, read_header
+from pipelines.training.distributed import any_process, from_every_process, is_main_process, rank, wait_for_all
+from pipelines.training.engines import PhaseEngine, phase_engine
+from pipelines.training.faults import explained
+from pipelines.training.handlers import optimizer_steps_now
+from pipelines.training.loaders import patch_loader
+from pipelines.training.phases import Phase, optimizer_for, parameter_groups
+from pipelines.training.resume import release
+from pipelines.training.run_folder import extend_record
+from pipelines.training.schedule import polynomial_with_warmup
+from pipelines.training.signals import stop_signals
+from pipelines.training.state import RandomState, newest_state, restore_parts, tree_of, write_state
+from transforms.errors import BundleError, InterruptedRun
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingRun:
+    """The run of a bundle: ``train#trainer`` of its configuration.
+
+    Args:
+        network: on its device, with its first weights.
+        average: ``averaged_network(network, decay)``.
+        loss: name of a loss -> the loss, on logits, with ``last_terms``.
+        optimizer: groups of parameters -> optimiser; every group brings its rate.
+        dataset: of training samples, with ``set_epoch``.
+        phases: of ``plan_phases``.
+        run: the run's folder.
+        header: what the weights' header says besides epoch and metric (must hold the ``contract``).
+        colours: ``#rrggbb`` per label id, for the overlays.
+        labels: name per label id.
+        device, inferer, precision: of a training step.
+        workers: processes that prepare samples.
+        clip_norm: largest total norm of the gradient.
+        compiled: run the network through ``torch.compile``.
+        channels_last: lay tensors out channel by channel last.
+        validator: validates ``average.module``; None = no validation cases.
+        metrics: of the validator, by name.
+        validation_interval: epochs.
+        min_delta: what counts as an improvement of the validator's metric.
+        state_interval: steps between two states within an epoch; 0 = only at its end.
+        sizes, knobs: for the message when memory does not suffice: what was to fit, and what to turn.
+        handlers: further ignite handlers of the bundle.
+    """
+
+    def __init__(
+        self,
+        *,
+        network: torch.nn.Module,
+        average: AveragedModel,
+        loss: Callable[[str], torch.nn.Module],
+        optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        dataset: Any,
+        phases: Sequence[Phase],
+        run: str | Path,
+        header: Mapping[str, Any],
+        colours: Mapping[int, str],
+        labels: Mapping[int, str],
+        device: torch.device,
+        inferer: Inferer,
+        precision: str,
+        workers: int = 0,
+        clip_norm: float = 12.0,
+        compiled: bool = False,
+        channels_last: bool = False,
+        validator: SupervisedEvaluator | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+        validation_interval: int = 1,
+        min_delta: float = 0.0,
+        state_interval: int = 0,
+        sizes: Mapping[str, Any] | None = None,
+        knobs: str = "take a smaller batch_size, then a smaller patch_size",
+        handlers: Sequence[Any] = (),
+    ) -> None:
+        self.network, self.average = network, average
+        self.loss, self.optimizer, self.dataset = loss, optimizer, dataset
+        self.phases, self.run_dir, self.header = list(phases), Path(run), dict(header)
+        self.validator, self.workers, self.state_interval = validator, int(workers), int(state_interval)
+        self.sizes, self.knobs = dict(sizes or {}), knobs
+        self.engine_settings: dict[str, Any] = {
+            "colours": colours,
+            "labels": labels,
+            "device": device,
+            "inferer": inferer,
+            "precision": precision,
+            "clip_norm": clip_norm,
+            "compiled": compiled,
+            "validator": validator,
+            "metrics": metrics or {},
+            "validation_interval": validation_interval,
+            "min_delta": min_delta,
+            "handlers": handlers,
+        }
+        if channels_last:
+            lay_out_channels_last(network)
+        self.random = RandomState()
+        self.outcomes: list[dict[str, Any]] = []
+        self.seconds_before = 0.0
+        self.started = time.monotonic()
+
+    def run(self) -> None:
+        """Train every phase that is not finished yet; write the outcome into ``record.json``.
+
+        Raises:
+            InterruptedRun: the process was asked to stop; the state is saved.
+            BundleError: a phase that took no step, or whose weights were never worth keeping.
+            DataError: the loss was not finite three times.
+            ResourceError: memory did not suffice, a worker died, or nothing can be written.
+        """
+        self.started = time.monotonic()
+        logger.info("training in %s; watch it with: tensorboard --logdir %s", self.run_dir, self.run_dir)
+        try:
+            self._run_phases()
+        finally:
+            release(self.run_dir)
+
+    def _run_phases(self) -> None:
+        found = newest_state(self.states)
+        wait_for_all()  # nobody trains on, and writes, before everybody has read
+        tree = found[1] if found else None
+        first = 0
+        if tree is not None:
+            first, self.outcomes, self.seconds_before = int(tree["phase"]), list(tree["outcomes"]), tree["seconds"]
+        for number in range(first, len(self.phases)):
+            phase = self.phases[number]
+            if number > 0 and (tree is None or number > first):
+                self._start_from_the_phase_before(number)
+            engine = self._build(phase, number)
+            if tree is not None and number == first:
+                self._restore(engine, tree)
+            else:
+                engine.board.load_state_dict({"files": {}})  # what a run left that died before its first state
+            self._train(engine, phase, number)
+            self._conclude(engine, phase, number)
+        self._write_outcome()
+
+    @property
+    def states(self) -> Path:
+        """The folder of the run's states."""
+        return self.run_dir / "checkpoints"
+
+    def checkpoints(self, number: int) -> Path:
+        """Return the folder of a phase's checkpoints: those of the last phase are the run's."""
+        last = number == len(self.phases) - 1
+        return self.run_dir / "checkpoints" if last else self._phase_folder(number) / "checkpoints"
+
+    def _phase_folder(self, number: int) -> Path:
+        return self.run_dir / "phases" / f"{number}_{self.phases[number].name}"
+
+    def _build(self, phase: Phase, number: int) -> PhaseEngine:
+        several = len(self.phases) > 1
+        if several:
+            logger.info("phase %d of %d: %s", number + 1, len(self.phases), phase.name)
+        groups = parameter_groups(self.network, phase)
+        optimizer = optimizer_for(self.optimizer, groups)
+        steps = phase.optimizer_steps_per_epoch
+        scheduler = polynomial_with_warmup(
+            optimizer, steps * phase.max_epochs, steps * phase.warmup_epochs, phase.decay_power
+        )
+        board = self.run_dir / "tensorboard"
+        return phase_engine(
+            phase,
+            number,
+            network=self.network,
+            average=self.average,
+            loss=self.loss(phase.loss),
+            loader=patch_loader(self.dataset, phase.steps_per_epoch, phase.batch_size, self.workers),
+            optimizer=optimizer,
+            scheduler=scheduler,
+            checkpoints=self.checkpoints(number),
+            tensorboard=board / f"{number}_{phase.name}" if several else board,
+            batches=self.run_dir / "batches",
+            header={**self.header, "phase": phase.name, "run": self.run_dir.name},
+            **self.engine_settings,
+        )
+
+    def _start_from_the_phase_before(self, number: int) -> None:
+        """Load the best weights of the phase before into the network and its average."""
+        before = self.phases[number - 1]
+        folder = self.checkpoints(number - 1)
+        best = folder / ("best.safetensors" if self.validator is not None else "last.safetensors")
+        wait_for_all()  # the main process may still be writing it
+        header = read_header(best)
+        if header.get("phase") != before.name or header.get("epoch", 0) < 1:
+            raise BundleError(
+                f"{best}: not the result of phase {before.name}",
+                f"its header says phase {header.get('phase')!r}, epoch {header.get('epoch')}",
+                "do not change the checkpoints of a run; start a new one",
+            )
+        load_weights(self.network, best)
+        load_weights(self.average.module, best)
+        self.average.n_averaged.zero_()
+        if self.validator is not None:
+            self.validator.state.metrics = {}
+        logger.info("phase %s starts from %s (epoch %d)", self.phases[number].name, best, header["epoch"])
+
+    def _restore(self, engine: PhaseEngine, tree: Mapping[str, Any]) -> None:
+        trainer = engine.trainer
+        iteration, length = int(tree["iteration"]), self.phases[int(tree["phase"])].steps_per_epoch
+        restore_parts(engine.parts, tree["parts"])
+        trainer.state.iteration = iteration
+        trainer.state.epoch = iteration // length
+        trainer.state.epoch_length = length
+        trainer.data_loader.batch_sampler.first_step = iteration % length
+        own = dict(tree["own"][min(rank(), len(tree["own"]) - 1)])
+        generators = own.pop("random")
+        restore_parts(engine.own, own)
+        # last of all: building and starting have drawn from the generators
+        trainer.add_event_handler(Events.STARTED, lambda e: self.random.load_state_dict(generators))
+        logger.info(
+            "resuming %s after %d steps, epoch %d",
+            self.run_dir.name,
+            iteration,
+            trainer.state.epoch + bool(iteration % length),
+        )
+
+    def _train(self, engine: PhaseEngine, phase: Phase, number: int) -> None:
+        trainer = engine.trainer
+        if engine.finished:
+            return
+
+        with stop_signals() as asked, explained({"batch_size": phase.batch_size, **self.sizes}, self.knobs):
+
+            def after_step(_: Engine) -> None:
+                step = trainer.state.iteration % trainer.state.epoch_length
+                if step == 0 or not optimizer_steps_now(trainer):
+                    return  # the end of the epoch comes now, with its own save; half an optimiser step cannot be saved
+                stop = any_process(asked.name is not None, trainer.state.device)
+                if stop or (self.state_interval and step % self.state_interval == 0):
+                    self._save(engine, number)
+                if stop:
+                    interrupt()
+
+            def after_epoch(_: Engine) -> None:
+                self._save(engine, number)
+                if any_process(asked.name is not None, trainer.state.device) and not engine.finished:
+                    interrupt()
+
+            def interrupt() -> NoReturn:
+                raise InterruptedRun(
+                    f"run {self.run_dir.name}: asked to stop ({asked.name or 'another process'})",
+                    f"its state is saved, in epoch {trainer.state.epoch}, after {trainer.state.iteration} steps",
+                    f"go on with: --resume true --run_name {self.run_dir.name}",
+                )
+
+            trainer.add_event_handler(Events.ITERATION_COMPLETED, after_step)
+            trainer.add_event_handler(Events.EPOCH_COMPLETED, after_epoch)
+            trainer.run()
+
+    def _save(self, engine: PhaseEngine, number: int) -> None:
+        own = from_every_process(tree_of({**engine.own, "random": self.random}))
+        if not is_main_process():
+            return
+        state = engine.trainer.state
+        tree = {
+            "phase": number,
+            "iteration": int(state.iteration),
+            "seconds": self._seconds(),
+            "outcomes": self.outcomes,
+            "own": own,
+            "parts": tree_of(engine.parts),
+        }
+        write_state(self.states, number, int(state.iteration), tree)
+
+    def _conclude(self, engine: PhaseEngine, phase: Phase, number: int) -> None:
+        state, keeper = engine.trainer.state, engine.keeper
+        if state.iteration < 1:
+            raise BundleError(f"phase {phase.name} took no step", "0 steps", "correct its max_epochs and the data")
+        if self.validator is not None and not keeper.best_epoch:
+            raise BundleError(
+                f"phase {phase.name}: no validation was worth keeping",
+                f"the metric was never a number in {state.epoch} epochs, or val_interval is longer than the phase",
+                "look at the validation cases; shorten val_interval",
+            )
+        bad_cases: Counter[str] = sum(from_every_process(engine.bad_cases.counts), Counter())
+        self.outcomes.append(
+            {
+                "phase": phase.name,
+                "epochs": int(state.epoch),
+                "steps": int(state.iteration),
+                "best_metric": keeper.best_metric,
+                "best_epoch": keeper.best_epoch or None,
+                "skipped_steps": engine.non_finite.count,
+                "bad_cases": bad_cases,
+                "history": keeper.history,
+            }
+        )
+        best = (
+            f"best validation {keeper.best_metric:.4f} in epoch {keeper.best_epoch}"
+            if keeper.best_epoch
+            else "no validation"
+        )
+        logger.info("%s: trained %d epochs in %.1f min: %s", phase.name, state.epoch, self._seconds() / 60, best)
+
+    def _write_outcome(self) -> None:
+        if not is_main_process():
+            return
+        outcome: dict[str, Any] = {**self.outcomes[-1], "minutes": round(self._seconds() / 60, 3)}
+        if len(self.outcomes) > 1:
+            outcome["phases"] = self.outcomes[:-1]
+        extend_record(self.run_dir, {"outcome": outcome})
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.started
