@@ -13,6 +13,7 @@ from pipelines.training.results import find_checkpoint, find_weights, prediction
 from pipelines.training.resume import open_run
 from pipelines.training.run import TrainingRun
 from pipelines.training.run_folder import refuse_existing_run
+from pipelines.training.tracking import store_uri
 from pipelines.training.validation import ValidationDice
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "save_weights",
     "source_of",
     "start_from",
+    "store_uri",
     "training_inferer",
     "validator_or_none",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,14 @@ FIRST_KEY_BELOW_THE_LINE = "bundle_root"
 class TensorBoardLog:
     """Write a training run to TensorBoard.
 
-    Per step: ``loss/step`` and ``learning_rate``. Per epoch: ``loss/epoch`` with one curve per term, ``validation/*``,
+    Per step: ``loss/step`` and ``learning_rate``, with several groups ``learning_rate/<group>``. Per epoch: ``loss/epoch`` with one curve per term, ``validation/*``,
     a precision-recall curve per class, and for the first ``overlay_cases`` validation cases the middle and the most
     lesioned slice. The curves take 3 kB per class and validation, less than a single overlay, so they are written every
     time: TensorBoard's slider then shows how they grow, and a resumed run needs to remember nothing about them.
 
     Args:
         folder: the run's ``tensorboard``.
-        learning_rate: returns the rate in force.
+        rates: returns the rate in force of every group of parameters, by name.
         validator: the evaluator whose metrics and predictions are shown, or None. For the curves its inferer must give
             logits (B, K, *spatial).
         colours: ``#rrggbb`` per label id.
@@ -57,7 +58,7 @@ class TensorBoardLog:
     def __init__(
         self,
         folder: str | Path,
-        learning_rate: Callable[[], float],
+        rates: Callable[[], Mapping[str, float]],
         validator: Engine | None,
         colours: Mapping[int, str],
         labels: Mapping[int, str] | None = None,
@@ -66,7 +67,7 @@ class TensorBoardLog:
         active: bool = True,
     ) -> None:
         self.folder = Path(folder)
-        self.learning_rate = learning_rate
+        self.rates = rates
         self.validator = validator
         self.colours = dict(colours)
         self.labels = {int(value): name for value, name in (labels or {}).items() if int(value) != 0}
@@ -114,10 +115,11 @@ class TensorBoardLog:
             self._open = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return ``{"files": {name: size in bytes}}`` of all that is written so far."""
+        """Return ``{"files": {name: size in bytes}}`` of all that is written so far; empty where nothing is written."""
         if self._open is not None:
             self._open.flush()
-        return {"files": {path.name: path.stat().st_size for path in self._event_files()}}
+        files = self._event_files() if self.active else []
+        return {"files": {path.name: path.stat().st_size for path in files}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Rewind the folder to ``state``, before the engine starts: cut what was written later, delete later files."""
@@ -162,7 +164,10 @@ class TensorBoardLog:
 
     def _step(self, engine: Engine) -> None:
         self.writer.add_scalar("loss/step", engine.state.output["loss"].item(), engine.state.iteration)
-        self.writer.add_scalar("learning_rate", self.learning_rate(), engine.state.iteration)
+        rates = self.rates()
+        for name, rate in rates.items():
+            tag = "learning_rate" if len(rates) == 1 else f"learning_rate/{re.sub(r'[^-.A-Za-z0-9_]', '_', name)}"
+            self.writer.add_scalar(tag, rate, engine.state.iteration)
 
     def _epoch(self, engine: Engine) -> None:
         epoch = engine.state.epoch

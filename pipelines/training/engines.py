@@ -37,6 +37,7 @@ from pipelines.training.handlers import (
 )
 from pipelines.training.phases import Phase
 from pipelines.training.state import NetworkState, Stateful
+from pipelines.training.tracking import MlflowLog
 from transforms.errors import BundleError
 
 
@@ -112,6 +113,7 @@ def phase_engine(
     metrics: Mapping[str, Metric],
     validation_interval: int,
     min_delta: float,
+    mlflow: MlflowLog | None = None,
     handlers: Sequence[Any] = (),
 ) -> PhaseEngine:
     """Return the engine of one phase: schedule, clipping, average, validation, checkpoints, log.
@@ -132,6 +134,7 @@ def phase_engine(
         compiled: run the network through ``torch.compile``.
         validator: validates ``average.module`` every ``validation_interval`` epochs; None = no validation cases.
         metrics: of the validator, by name.
+        mlflow: a second log, of the whole run; None = TensorBoard alone.
         handlers: further ignite handlers of the bundle.
     """
     keeper = KeepCheckpoints(checkpoints, average.module, dict(header), validator, min_delta)
@@ -147,8 +150,8 @@ def phase_engine(
         "non_finite": non_finite,
     }
 
-    def rate() -> float:
-        return float(optimizer.param_groups[0]["lr"])
+    def rates() -> dict[str, float]:
+        return {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
 
     standard: list[Any] = [
         SeedEpoch(loader.dataset, number),
@@ -161,9 +164,12 @@ def phase_engine(
     if validator is not None:
         standard.append(Validate(validator, validation_interval, metrics))
     standard.append(keeper)
-    board = TensorBoardLog(tensorboard, rate, validator, colours, labels, active=is_main_process())
+    board = TensorBoardLog(tensorboard, rates, validator, colours, labels, active=is_main_process())
     parts["board"] = board
-    standard += [board, ReportProgress(validator, rate)]
+    standard += [board, ReportProgress(validator, rates)]
+    if mlflow is not None:
+        parts["mlflow"] = mlflow
+        standard.append(mlflow)
     stop_early = None
     if phase.patience and validator is not None:
         first = max(phase.warmup_epochs, -(-phase.max_epochs // 4))

@@ -47,15 +47,19 @@ def load_members(network: torch.nn.Module, weights: Sequence[str | Path]) -> tor
     return torch.nn.ModuleList([load_weights(copy.deepcopy(network), path) for path in weights])
 
 
-def refuse_seen_cases(weights: Sequence[str | Path], split: str) -> None:
+def refuse_seen_cases(split: str, checkpoint: str | Sequence[str] = "", ensemble: str = "") -> None:
     """Refuse to measure an ensemble on anything but test cases: the others trained some of its members.
 
+    Args:
+        split: to be measured.
+        checkpoint, ensemble: as ``find_weights``.
+
     Raises:
-        UsageError: several weights and another split than test.
+        UsageError: several networks, and another split than test.
     """
-    if len(weights) > 1 and split != "test":
+    if split != "test" and (ensemble or (not isinstance(checkpoint, (str, Path)) and len(checkpoint) > 1)):
         raise UsageError(
-            f"split {split} with an ensemble of {len(weights)} networks",
+            f"split {split} with an ensemble",
             "its cases were in the training of some members, so the result would be too good",
             "use --split test; for the other cases measure each fold by its own network: "
             "fiducial evaluate ... --folds N --run_name NAME",

@@ -138,6 +138,10 @@ class KeepCheckpoints:
             self._save("best", epoch, metric)
         self._save("last", epoch, metric)
 
+    def save_last(self, epoch: int) -> None:
+        """Write ``last`` in the middle of an epoch."""
+        self._save("last", epoch, None)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the best so far and the history."""
         return {"best_metric": self.best_metric, "best_epoch": self.best_epoch, "history": self.history}
@@ -242,9 +246,9 @@ class AverageLoss:
 class ReportProgress:
     """A progress bar per epoch on a terminal, one plain line per epoch in the log."""
 
-    def __init__(self, validator: Engine | None = None, learning_rate: Callable[[], float] | None = None) -> None:
+    def __init__(self, validator: Engine | None = None, rates: Callable[[], Mapping[str, float]] | None = None) -> None:
         self.validator = validator
-        self.learning_rate = learning_rate
+        self.rates = rates
         self._bar: tqdm | None = None
 
     def attach(self, engine: Engine) -> None:
@@ -271,8 +275,8 @@ class ReportProgress:
             self._bar = None
         parts = [f"epoch {engine.state.epoch}/{engine.state.max_epochs}"]
         parts += _figures(engine)
-        if self.learning_rate is not None:
-            parts.append(f"lr {self.learning_rate():.2e}")
+        if self.rates is not None:
+            parts.append("lr " + ", ".join(f"{rate:.2e}" for rate in self.rates().values()))
         if validated_metric(self.validator, engine.state.epoch) is not None and self.validator is not None:
             parts += _figures(self.validator)
         logger.info("%s, %.1f s", "  ".join(parts), time.monotonic() - self._started)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from ignite.engine import Engine, Events
 from ignite.metrics import Metric
 from monai.engines import SupervisedEvaluator
@@ -22,6 +23,7 @@ from monai.inferers import Inferer
 from torch.optim.swa_utils import AveragedModel
 
 from pipelines.networks.memory_layout import lay_out_channels_last
+from pipelines.training.board import hyper_parameters_of
 from pipelines.training.checkpoints import load_weights, read_header
 from pipelines.training.distributed import any_process, from_every_process, is_main_process, rank, wait_for_all
 from pipelines.training.engines import PhaseEngine, phase_engine
@@ -34,6 +36,7 @@ from pipelines.training.run_folder import extend_record
 from pipelines.training.schedule import polynomial_with_warmup
 from pipelines.training.signals import stop_signals
 from pipelines.training.state import RandomState, newest_state, restore_parts, tree_of, write_state
+from pipelines.training.tracking import MlflowLog
 from transforms.errors import BundleError, InterruptedRun
 
 logger = logging.getLogger(__name__)
@@ -64,6 +67,7 @@ class TrainingRun:
         min_delta: what counts as an improvement of the validator's metric.
         state_interval: steps between two states within an epoch; 0 = only at its end.
         sizes, knobs: for the message when memory does not suffice: what was to fit, and what to turn.
+        mlflow_uri: of ``tracking.store_uri``; empty = TensorBoard alone.
         handlers: further ignite handlers of the bundle.
     """
 
@@ -94,11 +98,13 @@ class TrainingRun:
         state_interval: int = 0,
         sizes: Mapping[str, Any] | None = None,
         knobs: str = "take a smaller batch_size, then a smaller patch_size",
+        mlflow_uri: str = "",
         handlers: Sequence[Any] = (),
     ) -> None:
         self.network, self.average = network, average
         self.loss, self.optimizer, self.dataset = loss, optimizer, dataset
-        self.phases, self.run_dir, self.header = list(phases), Path(run), dict(header)
+        self.phases, self.run_dir = list(phases), Path(run)
+        self.header = {**header, "precision": precision, "run": self.run_dir.name}
         self.validator, self.workers, self.state_interval = validator, int(workers), int(state_interval)
         self.sizes, self.knobs = dict(sizes or {}), knobs
         self.engine_settings: dict[str, Any] = {
@@ -115,6 +121,8 @@ class TrainingRun:
             "min_delta": min_delta,
             "handlers": handlers,
         }
+        self.mlflow_uri = mlflow_uri
+        self.mlflow: MlflowLog | None = None
         if channels_last:
             lay_out_channels_last(network)
         self.random = RandomState()
@@ -133,16 +141,33 @@ class TrainingRun:
         """
         self.started = time.monotonic()
         logger.info("training in %s; watch it with: tensorboard --logdir %s", self.run_dir, self.run_dir)
+        hyper_parameters = self._hyper_parameters()
+        if self.mlflow_uri:
+            self.mlflow = MlflowLog(
+                self.run_dir, self.mlflow_uri, hyper_parameters, self.validator, active=is_main_process()
+            )
         try:
-            self._run_phases()
+            engine = self._run_phases()
+            self._write_outcome(engine, hyper_parameters)
+        except BaseException:
+            if self.mlflow is not None:
+                self.mlflow.finish({}, status="FAILED")
+            raise
         finally:
             release(self.run_dir)
 
-    def _run_phases(self) -> None:
+    def _hyper_parameters(self) -> dict[str, Any]:
+        """Return the hyper-parameters of the bundle that runs, from its resolved configuration."""
+        path = self.run_dir / "config.yaml"
+        return hyper_parameters_of(yaml.safe_load(path.read_text())) if path.is_file() else {}
+
+    def _run_phases(self) -> PhaseEngine:
+        """Train every phase that is not finished; return the engine of the last."""
         found = newest_state(self.states)
         wait_for_all()  # nobody trains on, and writes, before everybody has read
         tree = found[1] if found else None
         first = 0
+        engine: PhaseEngine
         if tree is not None:
             first, self.outcomes, self.seconds_before = int(tree["phase"]), list(tree["outcomes"]), tree["seconds"]
         for number in range(first, len(self.phases)):
@@ -156,7 +181,7 @@ class TrainingRun:
                 engine.board.load_state_dict({"files": {}})  # what a run left that died before its first state
             self._train(engine, phase, number)
             self._conclude(engine, phase, number)
-        self._write_outcome()
+        return engine
 
     @property
     def states(self) -> Path:
@@ -182,6 +207,8 @@ class TrainingRun:
             optimizer, steps * phase.max_epochs, steps * phase.warmup_epochs, phase.decay_power
         )
         board = self.run_dir / "tensorboard"
+        if self.mlflow is not None and several:
+            self.mlflow.phase = phase.name
         return phase_engine(
             phase,
             number,
@@ -194,7 +221,8 @@ class TrainingRun:
             checkpoints=self.checkpoints(number),
             tensorboard=board / f"{number}_{phase.name}" if several else board,
             batches=self.run_dir / "batches",
-            header={**self.header, "phase": phase.name, "run": self.run_dir.name},
+            header={**self.header, "phase": phase.name},
+            mlflow=self.mlflow,
             **self.engine_settings,
         )
 
@@ -251,6 +279,7 @@ class TrainingRun:
                     return  # the end of the epoch comes now, with its own save; half an optimiser step cannot be saved
                 stop = any_process(asked.name is not None, trainer.state.device)
                 if stop or (self.state_interval and step % self.state_interval == 0):
+                    engine.keeper.save_last(trainer.state.epoch)
                     self._save(engine, number)
                 if stop:
                     interrupt()
@@ -316,13 +345,19 @@ class TrainingRun:
         )
         logger.info("%s: trained %d epochs in %.1f min: %s", phase.name, state.epoch, self._seconds() / 60, best)
 
-    def _write_outcome(self) -> None:
+    def _write_outcome(self, engine: PhaseEngine, hyper_parameters: Mapping[str, Any]) -> None:
         if not is_main_process():
             return
         outcome: dict[str, Any] = {**self.outcomes[-1], "minutes": round(self._seconds() / 60, 3)}
+        figures = {key: outcome[key] for key in ("best_metric", "best_epoch", "epochs", "steps", "minutes")}
+        figures = {key: float(value) for key, value in figures.items() if value is not None}
+        engine.board.hyper_parameters(hyper_parameters, figures)
+        engine.board.close()
         if len(self.outcomes) > 1:
             outcome["phases"] = self.outcomes[:-1]
         extend_record(self.run_dir, {"outcome": outcome})
+        if self.mlflow is not None:
+            self.mlflow.finish(figures)
 
     def _seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started

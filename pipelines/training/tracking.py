@@ -32,13 +32,15 @@ _NOT_IN_A_NAME = re.compile(r"[^\w\-./: ]", re.ASCII)
 
 
 def store_uri(uri: str, runs_dir: str | Path) -> str:
-    """Return the tracking URI that ``uri`` stands for; ``sqlite`` is the file ``mlflow.db`` in ``runs_dir``.
+    """Return the tracking URI that ``uri`` stands for; ``sqlite`` is the file ``mlflow.db`` in ``runs_dir``, empty is off.
 
     Raises:
         BundleError: a folder (``file:`` or a plain path), which MLflow gave up in favour of databases.
     """
     if uri == "sqlite":
         return f"sqlite:///{(Path(runs_dir).resolve() / 'mlflow.db').as_posix()}"
+    if not uri:
+        return ""
     if uri.startswith("file:") or "://" not in uri:
         raise BundleError(
             f"mlflow_uri {uri!r}",
