@@ -5,6 +5,9 @@ fiducial manifest import folder ROOT --image flair='{subject}/FLAIR.nii.gz' --la
 fiducial train brain_lesion_mri_segmentation --manifest cohort.json --max_epochs 50
 fiducial evaluate brain_lesion_mri_segmentation --manifest cohort.json
 fiducial predict brain_lesion_mri_segmentation -i scans/ -o masks/
+fiducial train brain_lesion_mri_segmentation --manifest cohort.json --resume True
+fiducial train brain_lesion_mri_segmentation --manifest cohort.json --folds 5 --run_name cv
+fiducial predict brain_lesion_mri_segmentation -i scans/ -o masks/ --ensemble cv --uncertainty True
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pipelines.cli_manifest import add_manifest_commands
 from transforms.errors import UsageError
 
 
@@ -69,13 +73,21 @@ def _parser() -> argparse.ArgumentParser:
         ("predict", "inference", "segment new images"),
     ):
         _add_bundle_command(commands, name, config, text)
-    _add_manifest_commands(commands)
+    add_manifest_commands(commands)
     _add_landmarks_command(commands)
+    _add_find_rate_command(commands)
+    _add_replay_command(commands)
     _add_phantom_command(commands)
     demo = commands.add_parser("demo", help="generate the head cohort; train, evaluate and predict on it")
     demo.add_argument("--folder", default="demo", help="where cohort, runs and results go (default: demo)")
     demo.set_defaults(call=_demo)
     return parser
+
+
+_FOLDS = {
+    "train": "a run <run_name>_fold<k> per fold stored in the manifest; repeat the command to go on",
+    "evaluate": "every fold by its own network, in one table",
+}
 
 
 def _add_bundle_command(commands: Any, name: str, config: str, text: str) -> None:
@@ -89,6 +101,8 @@ def _add_bundle_command(commands: Any, name: str, config: str, text: str) -> Non
         default=[],
         help="a file of the bundle to lay over, e.g. configs/variant_2_5d.yaml",
     )
+    if name in ("train", "evaluate"):
+        command.add_argument("--folds", type=int, help=f"cross-validation: {_FOLDS[name]}")
     if name == "predict":
         command.add_argument("-i", "--input", required=True, help="NIfTI file, case folder, or folder of cases")
         command.add_argument("-o", "--output_dir", required=True, help="where the masks and volumes go")
@@ -96,150 +110,20 @@ def _add_bundle_command(commands: Any, name: str, config: str, text: str) -> Non
 
 
 def _run_bundle(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    if getattr(options, "folds", None) is not None:
+        _cross_validate(options, overrides_of(rest))
+        return
     from pipelines.runner import run_bundle
 
     named = {key: getattr(options, key) for key in ("input", "output_dir") if hasattr(options, key)}
     run_bundle(options.bundle, options.config, {**overrides_of(rest), **named}, options.variant)
 
 
-def _add_manifest_commands(commands: Any) -> None:
-    manifest = commands.add_parser("manifest", help="make and check data manifests").add_subparsers(
-        dest="action", required=True
-    )
-    check = manifest.add_parser("check", help="validate a manifest and the digest of every file")
-    check.add_argument("manifest")
-    check.set_defaults(call=_check_manifest)
-    kinds = manifest.add_parser("import", help="make a manifest from files").add_subparsers(dest="kind", required=True)
+def _cross_validate(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
+    from pipelines.cross_validation import evaluate_folds, train_folds
 
-    folder = kinds.add_parser("folder", help="files found by pattern")
-    folder.add_argument("root")
-    folder.add_argument(
-        "--image",
-        action="append",
-        required=True,
-        metavar="MODALITY=PATTERN",
-        help="e.g. flair='{subject}/FLAIR.nii.gz'",
-    )
-    folder.add_argument("--label", metavar="PATTERN")
-    folder.add_argument(
-        "--mask", action="append", default=[], metavar="ROLE=PATTERN", help="e.g. brain='{subject}/brain.nii.gz'"
-    )
-    folder.add_argument(
-        "--label-name", action="append", default=[], metavar="ID:NAME[=VALUES]", help="e.g. 1:lesion, 1:tumour=1+2+4"
-    )
-    folder.add_argument("--unit", action="append", default=[], metavar="MODALITY=UNIT", help="e.g. ct=HU")
-    folder.add_argument(
-        "--optional",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="a modality, mask role or `label` that a case may lack",
-    )
-    folder.add_argument("--missing", choices=("error", "skip"), default="error")
-    folder.set_defaults(call=_import_folder)
-
-    msd = kinds.add_parser("msd", help="a Medical Segmentation Decathlon dataset.json")
-    msd.add_argument("dataset_json")
-    msd.add_argument("--include-test", action="store_true", help="also the unlabelled test images")
-    msd.set_defaults(call=_import_msd)
-
-    nnunet = kinds.add_parser("nnunet", help="an nnU-Net raw folder (imagesTr, labelsTr, dataset.json)")
-    nnunet.add_argument("folder")
-    nnunet.set_defaults(call=_import_nnunet)
-
-    for kind in (msd, nnunet):
-        kind.add_argument(
-            "--case-pattern", default="{case}", help="where a case's name holds the subject: {subject}_{session}"
-        )
-    for kind in (folder, msd, nnunet):
-        kind.add_argument("-o", "--output", required=True, help="the manifest to write")
-        kind.add_argument("--name", required=kind is folder, help="name of the cohort")
-        kind.add_argument("--licence", help="what may be done with the data")
-        kind.add_argument("--source", help="where the data come from")
-        kind.add_argument(
-            "--fractions", type=float, nargs=3, default=(0.7, 0.1, 0.2), metavar=("TRAIN", "VALIDATION", "TEST")
-        )
-        kind.add_argument("--seed", type=int, default=0)
-        kind.add_argument("--folds", type=int)
-        for split in ("train", "validation", "test"):
-            kind.add_argument(
-                f"--{split}", nargs="*", default=[], metavar="SUBJECT", help=f"subjects of the {split} split, by name"
-            )
-
-
-def _split_plan(options: argparse.Namespace) -> Any:
-    from pipelines.manifests import SplitPlan
-
-    named = {split: tuple(getattr(options, split)) for split in ("train", "validation", "test")}
-    return SplitPlan(tuple(options.fractions), options.seed, options.folds, **named)
-
-
-def _pairs(values: Sequence[str], option: str) -> dict[str, str]:
-    for value in values:
-        if "=" not in value:
-            raise UsageError(f"--{option} {value!r}", "expected NAME=VALUE", f"write --{option} NAME=VALUE")
-    return dict(value.split("=", 1) for value in values)
-
-
-def _import_folder(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    from pipelines.manifests import import_folder
-
-    _write(
-        import_folder(
-            options.root,
-            _pairs(options.image, "image"),
-            options.label,
-            _pairs(options.mask, "mask"),
-            options.label_name or (["1:lesion"] if options.label else []),
-            name=options.name,
-            licence=options.licence or "not stated",
-            source=options.source or "not stated",
-            units=_pairs(options.unit, "unit"),
-            optional=options.optional,
-            missing=options.missing,
-            split=_split_plan(options),
-            progress=_show,
-        ),
-        options,
-    )
-
-
-def _import_msd(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    from pipelines.manifests import import_msd
-
-    _write(import_msd(options.dataset_json, include_test=options.include_test, **_described(options)), options)
-
-
-def _import_nnunet(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    from pipelines.manifests import import_nnunet
-
-    _write(import_nnunet(options.folder, **_described(options)), options)
-
-
-def _described(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what both importers of a ``dataset.json`` take beside it."""
-    text = {key: getattr(options, key) for key in ("name", "licence", "source", "case_pattern")}
-    return {**text, "split": _split_plan(options), "progress": _show}
-
-
-def _write(manifest: Any, options: argparse.Namespace) -> None:
-    from pipelines.manifests import write_manifest
-    from pipelines.manifests.describe import describe
-
-    print(describe(write_manifest(manifest, options.output)))
-
-
-def _show(done: int, total: int, case: str) -> None:
-    end = "\n" if done == total else "\r"
-    if sys.stderr.isatty():
-        print(f"reading {done}/{total} {case:<40}", end=end, file=sys.stderr)
-
-
-def _check_manifest(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    from pipelines.manifests import load_manifest
-    from pipelines.manifests.describe import describe
-
-    print(describe(load_manifest(options.manifest, check="sha256")))
+    run = train_folds if options.command == "train" else evaluate_folds
+    run(options.bundle, options.folds, overrides, options.variant)
 
 
 def _add_landmarks_command(commands: Any) -> None:
@@ -253,6 +137,34 @@ def _landmarks(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from pipelines.training.landmarks import fit_landmarks_of_bundle
 
     print(fit_landmarks_of_bundle(options.bundle, options.output, overrides_of(rest)))
+
+
+def _add_find_rate_command(commands: Any) -> None:
+    find_rate = commands.add_parser("find-rate", help="learning-rate range test: the loss against a growing rate")
+    find_rate.add_argument("bundle")
+    find_rate.add_argument("-o", "--output", required=True, help="folder for rates.csv and its plot")
+    find_rate.add_argument("--steps", type=int, default=100, help="steps from the first rate to the last")
+    find_rate.set_defaults(call=_find_rate, takes_overrides=True)
+
+
+def _find_rate(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from pipelines.training.rate_finder import find_rate_of_bundle
+
+    test = find_rate_of_bundle(options.bundle, options.output, overrides_of(rest), options.steps)
+    print(f"--learning_rate {test.suggestion:.2g}   (rates and plot in {options.output})")
+
+
+def _add_replay_command(commands: Any) -> None:
+    replay = commands.add_parser("replay", help="run a step again whose loss or gradient was not finite")
+    replay.add_argument("batch", help="runs/<bundle>/<run>/batches/batch-....safetensors")
+    replay.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="instead of the run's own")
+    replay.set_defaults(call=_replay)
+
+
+def _replay(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from pipelines.training.replay import replay
+
+    print(replay(options.batch, options.precision))
 
 
 def _add_phantom_command(commands: Any) -> None:
@@ -273,6 +185,9 @@ def _add_phantom_command(commands: Any) -> None:
         metavar="MS",
         help="T2 of a subject's lesions is drawn between these: 90 is faint in FLAIR, 150 bright",
     )
+    phantom.add_argument(
+        "--tissue_sd", type=float, default=0.015, help="relative spread of every tissue property over subjects"
+    )
     phantom.set_defaults(call=_phantom)
 
 
@@ -283,7 +198,9 @@ def _phantom(options: argparse.Namespace, rest: Sequence[str]) -> None:
     folder, spacing = Path(options.folder), tuple(options.spacing)
     lesions = LesionPrior(options.lesion_median, largest_ml=options.lesion_largest, t2_ms=tuple(options.lesion_t2))
     modalities, skull = options.modalities, not options.no_skull
-    manifest = head_cohort(folder, options.subjects, spacing, options.seed, modalities, skull, lesions)
+    manifest = head_cohort(
+        folder, options.subjects, spacing, options.seed, modalities, skull, lesions, options.tissue_sd
+    )
     print(f"{options.subjects} subjects in {folder}, manifest {manifest.path}")
 
 

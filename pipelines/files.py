@@ -49,8 +49,8 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def sweep_temporaries(folder: str | Path) -> int:
-    """Remove what killed writers left behind in ``folder``; return how many files. Nobody may be writing there."""
-    stale = [path for path in Path(folder).glob(".*.tmp") if path.is_file()]
+    """Remove what killed writers left anywhere in ``folder``; return how many files. Nobody may be writing there."""
+    stale = [path for path in Path(folder).rglob(".*.tmp") if path.is_file()]
     for path in stale:
         path.unlink(missing_ok=True)
     return len(stale)

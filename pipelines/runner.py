@@ -86,8 +86,12 @@ def _resolved(
     for file in files:
         if not (root / file).is_file():
             raise BundleError(f"bundle {root}: no {file}", "the file is not there", "check the name")
-    values = {key: absolute(value) if key in PATH_KEYS and value else value for key, value in overrides.items()}
+    values = {key: _absolute(value) if key in PATH_KEYS and value else value for key, value in overrides.items()}
     return root, files, values
+
+
+def _absolute(paths: Any) -> Any:
+    return [absolute(path) for path in paths] if isinstance(paths, (list, tuple)) else absolute(paths)
 
 
 def absolute(path: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load_file, save
 
 from pipelines.files import write_atomically
 from transforms.errors import BundleError, ResourceError
@@ -32,15 +32,17 @@ def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], header:
     """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(header, sort_keys=True, allow_nan=False)
-    digest = _digest(stored, text)
+    metadata = {HEADER_KEY: text, DIGEST_KEY: _digest(stored, text)}
 
     def reads_back(temporary: Path) -> None:
-        if _digest(load(temporary.read_bytes()), text) != digest:
+        try:
+            read_tensors(temporary)
+        except BundleError as damage:
             raise ResourceError(
-                f"{path}: does not read back as it was written", "the storage is faulty", "write to another disk"
-            )
+                f"{path}: does not read back as it was written", damage.why, "write to another disk"
+            ) from damage
 
-    write_atomically(path, save(stored, metadata={HEADER_KEY: text, DIGEST_KEY: digest}), check=reads_back)
+    write_atomically(path, _in_order(save(stored, metadata=metadata)), check=reads_back)
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
@@ -69,12 +71,22 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
         tensors = load_file(str(path))
     except (SafetensorError, OSError) as problem:
         raise BundleError(f"{path}: unreadable", str(problem), _DAMAGED) from problem
-    text = metadata.get(HEADER_KEY, "{}")
-    if DIGEST_KEY not in metadata:
+    if not {HEADER_KEY, DIGEST_KEY} <= set(metadata):
         raise BundleError(f"{path}: no digest", "it was not written by this version of Fiducial", "train again with it")
+    text = metadata[HEADER_KEY]
     if metadata[DIGEST_KEY] != _digest(tensors, text):
         raise BundleError(f"{path}: damaged", "its content is not what its digest says", _DAMAGED)
     return tensors, json.loads(text)
+
+
+def _in_order(content: bytes) -> bytes:
+    """Return a safetensors file with its metadata in order: the library writes them at random, equal weights differ."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def _digest(tensors: Mapping[str, torch.Tensor], header: str) -> str:

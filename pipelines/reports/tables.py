@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.files import write_atomically, write_json
-from pipelines.metrics.summary import metric_names
+from pipelines.metrics.summary import IDENTITY, metric_names
 from transforms.errors import DataError
 
 
@@ -26,6 +26,29 @@ def write_per_case_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> N
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(Path(path), buffer.getvalue().encode())
+
+
+def read_per_case_csv(path: str | Path) -> list[dict[str, Any]]:
+    """Return the rows that :func:`write_per_case_csv` wrote: numbers as numbers, an empty cell as None.
+
+    Raises:
+        DataError: no such file, or a metric that is no number.
+    """
+    if not Path(path).is_file():
+        raise DataError(f"file {path}", "there is no such file", "evaluate first")
+    with Path(path).open(newline="") as file:
+        return [{key: _value(key, cell, path) for key, cell in row.items()} for row in csv.DictReader(file)]
+
+
+def _value(column: str, cell: str, path: str | Path) -> Any:
+    if column in IDENTITY:
+        return cell
+    if cell == "":
+        return None
+    try:
+        return int(cell) if cell.lstrip("-").isdigit() else float(cell)
+    except ValueError as error:
+        raise DataError(f"file {path}: {column} is {cell!r}", "a number is expected", "evaluate again") from error
 
 
 def write_summary_json(summary: Mapping[str, Any], path: str | Path) -> None:

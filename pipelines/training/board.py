@@ -37,10 +37,11 @@ FIRST_KEY_BELOW_THE_LINE = "bundle_root"
 class TensorBoardLog:
     """Write a training run to TensorBoard.
 
-    Per step: ``loss/step`` and ``learning_rate``, with several groups ``learning_rate/<group>``. Per epoch: ``loss/epoch`` with one curve per term, ``validation/*``,
-    a precision-recall curve per class, and for the first ``overlay_cases`` validation cases the middle and the most
-    lesioned slice. The curves take 3 kB per class and validation, less than a single overlay, so they are written every
-    time: TensorBoard's slider then shows how they grow, and a resumed run needs to remember nothing about them.
+    Per step: ``loss/step`` and ``learning_rate``, with several groups ``learning_rate/<group>``. Per epoch:
+    ``loss/epoch`` with one curve per term, ``validation/*``, a precision-recall curve per class, and for the first
+    ``overlay_cases`` validation cases the middle and the most lesioned slice. The curves take 3 kB per class and
+    validation, less than a single overlay, so they are written every time: TensorBoard's slider then shows how they
+    grow, and a resumed run needs to remember nothing about them.
 
     Args:
         folder: the run's ``tensorboard``.

@@ -82,7 +82,7 @@ def start_from(network: torch.nn.Module, path: str | Path, contract: Mapping[str
         raise BundleError(f"initial_weights {path}: untrained", "its header says epoch 0", "name trained weights")
     earlier = header["contract"]
     for key in MUST_MEAN_THE_SAME:
-        before, now = (_meaning(each[key]) for each in (earlier, contract))
+        before, now = (meaning(each[key]) for each in (earlier, contract))
         if before != now:
             raise BundleError(
                 f"initial_weights {path}: other {key}",
@@ -92,7 +92,7 @@ def start_from(network: torch.nn.Module, path: str | Path, contract: Mapping[str
     return load_weights(network, path)
 
 
-def _meaning(value: Any) -> Any:
+def meaning(value: Any) -> Any:
     """Return a contract's value without what may differ: a label's colour and its numbers in the files."""
     if isinstance(value, list) and value and isinstance(value[0], Mapping):
         return [label["name"] for label in value]

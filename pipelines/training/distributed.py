@@ -66,10 +66,9 @@ def place_in(environment: Mapping[str, str]) -> Place | None:
 
 
 def first_node(nodes: str) -> str:
-    """Return the first host of a SLURM list: ``gpu[03-05,9],x1`` -> ``gpu03``, ``node7,node9`` -> ``node7``."""
-    found = re.match(r"([^,\[]*)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
-    assert found is not None  # it matches the empty text
-    return "".join(part or "" for part in found.groups())
+    """Return the first host of a SLURM list: ``gpu[03-05,9],x1`` -> ``gpu03``, ``r[1-2]n[7-9]`` -> ``r1n7``."""
+    first = re.split(r",(?![^\[]*\])", nodes)[0]  # at the first comma outside of brackets
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
 
 
 def join_processes(device_name: str) -> None:

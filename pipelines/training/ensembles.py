@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pipelines.training.checkpoints import _meaning, load_weights, read_contract
+from pipelines.training.checkpoints import load_weights, meaning, read_contract
 from transforms.errors import BundleError, UsageError
 
 
@@ -22,7 +22,7 @@ def common_contract(weights: Sequence[str | Path]) -> dict[str, Any]:
     first, *others = [read_contract(path) for path in weights]
     for path, contract in zip(weights[1:], others, strict=True):
         for key in sorted({*first, *contract}):
-            before, now = (_meaning(each.get(key)) for each in (first, contract))
+            before, now = (meaning(each.get(key)) for each in (first, contract))
             if before != now:
                 raise BundleError(
                     f"checkpoint {path}: other {key} than {weights[0]}",

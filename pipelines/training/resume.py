@@ -158,9 +158,9 @@ def refuse_other_setup(
             )
         logger.warning("resuming although %s differs: %s", kind, "; ".join(texts))
     entry = {"at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": record.get("command"), "despite": differences}
-    if "config" in differences:
-        write_atomically(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())
     extend_record(folder, {"resumed": [*earlier.get("resumed", []), entry]})
+    if "config" in differences:  # only once it is on record
+        write_atomically(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())
 
 
 def setup_differences(

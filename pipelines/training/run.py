@@ -20,10 +20,12 @@ from ignite.engine import Engine, Events
 from ignite.metrics import Metric
 from monai.engines import SupervisedEvaluator
 from monai.inferers import Inferer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
 from pipelines.networks.memory_layout import lay_out_channels_last
 from pipelines.training.board import hyper_parameters_of
+from pipelines.files import sweep_temporaries
 from pipelines.training.checkpoints import load_weights, read_header
 from pipelines.training.distributed import any_process, from_every_process, is_main_process, rank, wait_for_all
 from pipelines.training.engines import PhaseEngine, phase_engine
@@ -51,6 +53,8 @@ class TrainingRun:
         loss: name of a loss -> the loss, on logits, with ``last_terms``.
         optimizer: groups of parameters -> optimiser; every group brings its rate.
         dataset: of training samples, with ``set_epoch``.
+        max_epochs: of a phase that says nothing else. It stands here because MONAI's workflows look for it here, and
+            set it; the phases have been planned with it.
         phases: of ``plan_phases``.
         run: the run's folder.
         header: what the weights' header says besides epoch and metric (must hold the ``contract``).
@@ -79,6 +83,7 @@ class TrainingRun:
         loss: Callable[[str], torch.nn.Module],
         optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
         dataset: Any,
+        max_epochs: int,
         phases: Sequence[Phase],
         run: str | Path,
         header: Mapping[str, Any],
@@ -104,6 +109,7 @@ class TrainingRun:
         self.network, self.average = network, average
         self.loss, self.optimizer, self.dataset = loss, optimizer, dataset
         self.phases, self.run_dir = list(phases), Path(run)
+        self.max_epochs = max_epochs
         self.header = {**header, "precision": precision, "run": self.run_dir.name}
         self.validator, self.workers, self.state_interval = validator, int(workers), int(state_interval)
         self.sizes, self.knobs = dict(sizes or {}), knobs
@@ -163,6 +169,10 @@ class TrainingRun:
 
     def _run_phases(self) -> PhaseEngine:
         """Train every phase that is not finished; return the engine of the last."""
+        for phase in self.phases:
+            self._learning(phase)  # a mistake in the last phase must not show only when the others are trained
+        if is_main_process():
+            sweep_temporaries(self.run_dir)
         found = newest_state(self.states)
         wait_for_all()  # nobody trains on, and writes, before everybody has read
         tree = found[1] if found else None
@@ -200,12 +210,7 @@ class TrainingRun:
         several = len(self.phases) > 1
         if several:
             logger.info("phase %d of %d: %s", number + 1, len(self.phases), phase.name)
-        groups = parameter_groups(self.network, phase)
-        optimizer = optimizer_for(self.optimizer, groups)
-        steps = phase.optimizer_steps_per_epoch
-        scheduler = polynomial_with_warmup(
-            optimizer, steps * phase.max_epochs, steps * phase.warmup_epochs, phase.decay_power
-        )
+        loss, optimizer, scheduler = self._learning(phase)
         board = self.run_dir / "tensorboard"
         if self.mlflow is not None and several:
             self.mlflow.phase = phase.name
@@ -214,7 +219,7 @@ class TrainingRun:
             number,
             network=self.network,
             average=self.average,
-            loss=self.loss(phase.loss),
+            loss=loss,
             loader=patch_loader(self.dataset, phase.steps_per_epoch, phase.batch_size, self.workers),
             optimizer=optimizer,
             scheduler=scheduler,
@@ -225,6 +230,15 @@ class TrainingRun:
             mlflow=self.mlflow,
             **self.engine_settings,
         )
+
+    def _learning(self, phase: Phase) -> tuple[torch.nn.Module, torch.optim.Optimizer, LRScheduler]:
+        """Return loss, optimiser and schedule of a phase; what does not learn in it is frozen."""
+        optimizer = optimizer_for(self.optimizer, parameter_groups(self.network, phase))
+        steps = phase.optimizer_steps_per_epoch
+        scheduler = polynomial_with_warmup(
+            optimizer, steps * phase.max_epochs, steps * phase.warmup_epochs, phase.decay_power
+        )
+        return self.loss(phase.loss), optimizer, scheduler
 
     def _start_from_the_phase_before(self, number: int) -> None:
         """Load the best weights of the phase before into the network and its average."""
@@ -257,8 +271,10 @@ class TrainingRun:
         own = dict(tree["own"][min(rank(), len(tree["own"]) - 1)])
         generators = own.pop("random")
         restore_parts(engine.own, own)
-        # last of all: building and starting have drawn from the generators
-        trainer.add_event_handler(Events.STARTED, lambda e: self.random.load_state_dict(generators))
+        if engine.finished:  # the phase after it goes on from there
+            self.random.load_state_dict(generators)
+        else:  # last of all: building and starting have drawn from the generators
+            trainer.add_event_handler(Events.STARTED, lambda e: self.random.load_state_dict(generators))
         logger.info(
             "resuming %s after %d steps, epoch %d",
             self.run_dir.name,

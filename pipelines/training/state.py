@@ -17,9 +17,7 @@ import numpy as np
 import torch
 
 from pipelines import tensorfile
-from pipelines.files import sweep_temporaries
 from pipelines.training.checkpoints import distinct_tensors, load_tensors
-from pipelines.training.distributed import is_main_process
 from transforms.errors import BundleError
 
 logger = logging.getLogger(__name__)
@@ -89,8 +87,9 @@ def split_tensors(tree: Any) -> tuple[Any, dict[str, torch.Tensor]]:
 
     def split(node: Any, path: str) -> Any:
         if isinstance(node, torch.Tensor):
-            tensors[path] = node
-            return {"$tensor": path}
+            name = f"{len(tensors)}{path}"  # a path alone is not unique: the keys 1 and "1", or a key with a slash
+            tensors[name] = node
+            return {"$tensor": name}
         if isinstance(node, Mapping):
             if all(isinstance(key, str) and not key.startswith("$") for key in node):
                 return {key: split(value, f"{path}/{key}") for key, value in node.items()}
@@ -126,7 +125,9 @@ def state_files(folder: str | Path) -> list[Path]:
 
 
 def write_state(folder: str | Path, phase: int, iteration: int, tree: Mapping[str, Any]) -> Path:
-    """Write the state at ``iteration`` of a phase, then remove all but the newest two.
+    """Write the state at ``iteration`` of a phase, then remove all but it and the one before.
+
+    States of later steps go too: they could not be read, or the run would have gone on from them.
 
     Raises:
         ResourceError: it cannot be written; the states before it still stand.
@@ -134,19 +135,19 @@ def write_state(folder: str | Path, phase: int, iteration: int, tree: Mapping[st
     values, tensors = split_tensors(tree)
     path = Path(folder) / f"state-{phase:02d}-{iteration:09d}.safetensors"
     tensorfile.write_tensors(path, tensors, {"state": values})
-    for old in state_files(folder)[KEPT_STATES:]:
-        old.unlink(missing_ok=True)
+    others = state_files(folder)
+    here = others.index(path)
+    for other in [*others[:here], *others[here + KEPT_STATES :]]:
+        other.unlink(missing_ok=True)
     return path
 
 
 def newest_state(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest state that can be read, or None where there is none; nobody else may be writing there.
+    """Return the newest state that can be read, or None where there is none.
 
     Raises:
         BundleError: there are states, and none of them can be read.
     """
-    if is_main_process():
-        sweep_temporaries(folder)
     files = state_files(folder)
     for path in files:
         try:

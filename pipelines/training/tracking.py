@@ -32,7 +32,7 @@ _NOT_IN_A_NAME = re.compile(r"[^\w\-./: ]", re.ASCII)
 
 
 def store_uri(uri: str, runs_dir: str | Path) -> str:
-    """Return the tracking URI that ``uri`` stands for; ``sqlite`` is the file ``mlflow.db`` in ``runs_dir``, empty is off.
+    """Return the tracking URI that ``uri`` stands for: ``sqlite`` is ``mlflow.db`` in ``runs_dir``, empty is off.
 
     Raises:
         BundleError: a folder (``file:`` or a plain path), which MLflow gave up in favour of databases.

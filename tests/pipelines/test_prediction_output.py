@@ -14,7 +14,8 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from pipelines.inference import SavePredictions, segmentation_nifti, volumes
+from pipelines.inference import SavePredictions, segmentation_nifti, uncertainty_nifti, volumes
+from pipelines.inference.output import uncertainty_inside
 from pipelines.manifests.digest import file_digest
 from pipelines.manifests.model import Label
 from transforms.errors import BundleError
@@ -117,7 +118,7 @@ def test_the_handler_writes_mask_and_volumes_by_case(tmp_path: Path, write_nifti
     image = MetaTensor(torch.zeros(1, 5, 4, 3), meta={"filename_or_obj": str(source)})
     output = [{"image": image, "pred": torch.as_tensor(MASK.astype(np.float32))[None]}]
     engine = SimpleNamespace(state=SimpleNamespace(output=output, batch=[{"case": "p01"}]))
-    SavePredictions(tmp_path / "out", LABELS, weights)(engine)  # type: ignore[arg-type]
+    SavePredictions(tmp_path / "out", LABELS, [weights])(engine)  # type: ignore[arg-type]
     written = nib.load(tmp_path / "out" / "p01.nii.gz")
     np.testing.assert_array_equal(np.asarray(written.dataobj), MASK)
     np.testing.assert_allclose(written.affine, oblique, atol=1e-6)
@@ -127,3 +128,64 @@ def test_the_handler_writes_mask_and_volumes_by_case(tmp_path: Path, write_nifti
     np.testing.assert_allclose(report["spacing_mm"], [0.5, 1.0, 3.0], atol=1e-6)  # of the turned grid
     assert [(row["name"], row["voxels"]) for row in report["labels"]] == [("lesion", 4), ("edema", 1)]
     assert report["labels"][0]["volume_ml"] == pytest.approx(4 * 1.5 / 1000, rel=1e-6)
+    assert "uncertainty" not in report
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["p01.json", "p01.nii.gz"]
+
+
+ENTROPY = np.zeros((5, 4, 3), np.float32)
+ENTROPY[1:3, 1:3, 1] = [[0.1, 0.2], [0.3, 0.4]]  # in the four voxels of the lesion: a mean of .25
+ENTROPY[0, 0, 0] = 0.7  # outside
+
+
+def test_uncertainty_is_written_as_it_is_on_the_grid_of_the_image(write_nifti: Writer, oblique: np.ndarray) -> None:
+    source = write_nifti("source", np.zeros((5, 4, 3), np.float32), oblique)
+    image = decoded(uncertainty_nifti(ENTROPY, source, "entropy"))
+    assert image.get_data_dtype() == np.float32
+    np.testing.assert_array_equal(np.asarray(image.dataobj), ENTROPY)
+    np.testing.assert_array_equal(image.affine, nib.load(source).affine)
+    assert bytes(image.header["descrip"].item()) == b"Fiducial entropy (nats)"
+    with pytest.raises(BundleError, match="the prediction has shape"):
+        uncertainty_nifti(ENTROPY[1:], source, "entropy")
+
+
+@pytest.mark.parametrize(("value", "count"), [(np.nan, "1 not finite, 0 neg"), (-0.1, "0 not finite, 1 neg")])
+def test_what_is_no_uncertainty_is_refused(write_nifti: Writer, value: float, count: str) -> None:
+    source = write_nifti("source", np.zeros((5, 4, 3), np.float32))
+    wrong = ENTROPY.copy()
+    wrong[4, 3, 2] = value
+    with pytest.raises(BundleError, match="entropy has values that are no uncertainty") as refusal:
+        uncertainty_nifti(wrong, source, "entropy")
+    assert refusal.value.why.startswith(count)
+
+
+def test_mean_uncertainty_inside_each_label() -> None:
+    names = {0: "background", 1: "lesion", 2: "edema", 3: "core"}
+    assert uncertainty_inside(MASK, {"entropy": ENTROPY}, names) == [
+        {"id": 1, "name": "lesion", "mean_entropy": pytest.approx(0.25)},
+        {"id": 2, "name": "edema", "mean_entropy": 0.0},
+        {"id": 3, "name": "core", "mean_entropy": None},  # no voxel of it
+    ]
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_the_handler_writes_uncertainty_and_names_every_member(
+    tmp_path: Path, write_nifti: Writer, members: int
+) -> None:
+    source = write_nifti("flair", np.zeros((5, 4, 3), np.float32))
+    weights = [tmp_path / f"{number}.safetensors" for number in range(members)]
+    for number, path in enumerate(weights):
+        path.write_bytes(bytes([number]))
+    image = MetaTensor(torch.zeros(1, 5, 4, 3), meta={"filename_or_obj": str(source)})
+    maps = {"entropy": torch.as_tensor(ENTROPY)[None], "mutual_information": torch.as_tensor(ENTROPY)[None] / 2}
+    output = [{"image": image, "pred": torch.as_tensor(MASK.astype(np.float32))[None], **maps}]
+    engine = SimpleNamespace(state=SimpleNamespace(output=output, batch=[{"case": "p01"}]))
+    SavePredictions(tmp_path / "out", LABELS, weights)(engine)  # type: ignore[arg-type]
+    for name, factor in (("entropy", 1), ("mutual_information", 0.5)):
+        np.testing.assert_allclose(nib.load(tmp_path / "out" / f"p01_{name}.nii.gz").get_fdata(), ENTROPY * factor)
+    report = json.loads((tmp_path / "out" / "p01.json").read_text())
+    about = report["uncertainty"]
+    assert (about["unit"], about["members"], "note" in about) == ("nat", members, members == 1)
+    assert about["labels"][0]["mean_entropy"] == pytest.approx(0.25)
+    assert about["labels"][0]["mean_mutual_information"] == pytest.approx(0.125)
+    listed = report["weights"] if members > 1 else [report["weights"]]
+    assert listed == [{"file": str(path), "sha256": file_digest(path)} for path in weights]
