@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import subprocess
@@ -299,3 +300,27 @@ def test_an_entry_says_what_it_holds(cache: CaseCache) -> None:
     content = json.loads((entry / "entry.json").read_text())
     assert set(content["arrays"]) == {"image", "label", "statistics"}
     assert content["values"] == {"case": "p01"}
+
+
+@pytest.mark.parametrize("how", ["truncated", "longer", "gone", "torn record", "record of another kind"])
+def test_a_damaged_entry_is_made_again_and_said(cache: CaseCache, how: str, caplog: pytest.LogCaptureFixture) -> None:
+    whole = cache.get(ITEM).whole()
+    folder = cache.get(ITEM).folder
+    array, record = folder / "image.npy", folder / "entry.json"
+    if how == "truncated":
+        array.write_bytes(array.read_bytes()[:-1])
+    elif how == "longer":
+        array.write_bytes(array.read_bytes() + b"0")
+    elif how == "gone":
+        array.unlink()
+    else:
+        record.write_text(record.read_text()[:-5] if how == "torn record" else "{}")
+    with caplog.at_level(logging.WARNING):
+        again = cache.get(ITEM)
+    (warning,) = [entry.getMessage() for entry in caplog.records]
+    assert "case p01 is made again" in warning
+    assert ("entry.json" if "record" in how else "image.npy") in warning
+    torch.testing.assert_close(again.whole()["image"].as_tensor(), whole["image"].as_tensor(), rtol=0, atol=0)
+    caplog.clear()
+    cache.get(ITEM)
+    assert caplog.records == []

@@ -13,7 +13,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipelines.networks import segmentation_network
-from pipelines.training.checkpoints import distinct_tensors, load_weights, read_contract, read_header, save_weights
+from pipelines.training.checkpoints import (
+    distinct_tensors,
+    load_weights,
+    read_contract,
+    read_header,
+    save_weights,
+    start_from,
+)
 from transforms.errors import BundleError, ResourceError
 
 HEADER = {"contract": {"modalities": ["flair"], "spacing": [1.0, 1.0, 1.0]}, "epoch": 3, "metric": 0.5}
@@ -113,6 +120,30 @@ def test_a_foreign_safetensors_file_is_refused(tmp_path: Path, metadata: dict[st
 def test_no_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="no such file"):
         read_header(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("position", [-1, 200])
+def test_a_flipped_bit_is_refused_and_the_network_left_alone(weights: Path, position: int) -> None:
+    content = bytearray(weights.read_bytes())
+    content[position] ^= 4
+    weights.write_bytes(bytes(content))
+    target = network(1)
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    with pytest.raises(BundleError, match=r"best\.safetensors"):
+        load_weights(target, weights)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
+
+
+CONTRACT = {"modalities": ["flair"], "labels": [], "foreground": "mask", "dimensions": 3}
+
+
+def test_fine_tuning_refuses_what_was_never_trained(tmp_path: Path) -> None:
+    for epoch in (0, 1):
+        save_weights(network(0), {"contract": CONTRACT, "epoch": epoch}, tmp_path / f"{epoch}.safetensors")
+    with pytest.raises(BundleError, match="untrained"):
+        start_from(network(1), tmp_path / "0.safetensors", CONTRACT)
+    started = start_from(network(1), tmp_path / "1.safetensors", CONTRACT)
+    assert all(torch.equal(a, b) for a, b in zip(started.parameters(), network(0).parameters(), strict=True))
 
 
 def test_a_full_disk_leaves_the_weights_of_before(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:

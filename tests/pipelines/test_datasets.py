@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.data import MetaTensor
 from monai.transforms import Compose, RandAffined, RandFlipd, Transform
-from torch.utils.data import DataLoader
 
 from pipelines.manifests import Manifest, case_items
 from pipelines.training.datasets import (
@@ -25,6 +25,7 @@ from pipelines.training.datasets import (
     crop_window,
     crop_with_margin,
 )
+from pipelines.training.loaders import patch_loader
 from transforms import (
     CropToForegroundd,
     ForegroundMaskd,
@@ -37,6 +38,7 @@ from transforms import (
 from transforms.errors import BundleError, DataError
 
 NORMALISE = NormalizeIntensityInMaskd("image", statistics_key="intensity_statistics")
+SAMPLES = 12
 AFFINE = torch.diag(torch.tensor([1.0, 2.0, 3.0, 1.0], dtype=torch.float64))
 
 
@@ -84,7 +86,6 @@ def dataset(cohort: Manifest, cache: Path, **changes: Any) -> PatchDataset:
         "cache_dir": str(cache),
         "label_ids": [1],
         "crop_size": crop_with_margin((8, 8, 8), 1.2),
-        "samples_per_epoch": 6,
         "seed": 3,
     }
     return PatchDataset(**{**arguments, **changes})
@@ -96,7 +97,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def batches(data: PatchDataset, workers: int) -> list[dict[str, Any]]:
-    return list(DataLoader(data, batch_size=2, num_workers=workers, collate_fn=collate_batch))
+    return list(patch_loader(data, 3, 2, workers))
 
 
 def test_a_sample_is_a_function_of_seed_epoch_and_index(tiny_cohort: Manifest, cache: Path) -> None:
@@ -115,11 +116,12 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(tiny_cohort: Manifest, c
     other = dataset(tiny_cohort, cache, seed=4)
     other.set_epoch(1)
     assert not torch.equal(batches(other, 0)[0]["image"], here[0]["image"])
-    assert len(data) == 6
+    again.set_epoch(1, phase=1)  # epoch 1 of the second phase is not that of the first
+    assert not torch.equal(batches(again, 0)[0]["image"], here[0]["image"])
 
 
 def test_samples_of_an_epoch_differ_and_visit_every_case(tiny_cohort: Manifest, cache: Path) -> None:
-    data = dataset(tiny_cohort, cache, samples_per_epoch=40)
+    data = dataset(tiny_cohort, cache)
     samples = [data[index] for index in range(40)]
     assert {sample["case"] for sample in samples} == {"s0", "s1", "s2"}
     assert len({float(np.asarray(sample["image"]).sum()) for sample in samples}) == 40
@@ -134,7 +136,6 @@ def test_the_share_of_foreground_centres(tiny_cohort: Manifest, cache: Path, pro
         cache,
         transform=Compose([]),
         crop_size=(1, 1, 1),
-        samples_per_epoch=400,
         foreground_probability=probability,
     )
     by_chance = np.mean([len(case.array("centres_1")) / len(case.array("centres_0")) for case in data.cases])
@@ -170,8 +171,8 @@ SCENES = [{"case": f"p{i}", "label": "file", "digests": {"label": str(i)}} for i
 
 
 def scenes(cache: Path, transform: Compose, patch: Sequence[int], **changes: Any) -> PatchDataset:
-    arguments = {"label_ids": [1, 2, 3], "crop_size": crop_with_margin(patch, 1.2), "samples_per_epoch": 12}
-    return PatchDataset(SCENES, Scene(), transform, str(cache), **{**arguments, **changes})
+    arguments = {"data": SCENES, "label_ids": [1, 2, 3], "crop_size": crop_with_margin(patch, 1.2), **changes}
+    return PatchDataset(preparation=Scene(), transform=transform, cache_dir=str(cache), **arguments)
 
 
 @pytest.mark.parametrize("patch", [(6, 6, 6), (5, 4, 3)])
@@ -181,7 +182,7 @@ def test_image_and_label_stay_together_through_the_random_chain(cache: Path, pat
     chain = Compose([_turned(patch, 1.0), RandFlipd(["image", "label"], spatial_axis=[0, 2], prob=0.5)])
     data = scenes(cache, chain, patch, patch_size=patch)
     checked = 0
-    for index in range(len(data)):
+    for index in range(SAMPLES):
         sample = data[index]
         image, label = np.asarray(sample["image"]), np.asarray(sample["label"])[0]
         assert image.shape == (4, *patch)
@@ -189,7 +190,7 @@ def test_image_and_label_stay_together_through_the_random_chain(cache: Path, pat
         sure = (image[3] > 0.999) & (np.abs(np.abs(image[:3] - places) - 0.5) > 0.02).all(axis=0)
         np.testing.assert_array_equal(label[sure], pattern(*places)[sure])
         checked += int(sure.sum())
-    assert checked > 0.2 * 12 * np.prod(patch)
+    assert checked > 0.2 * SAMPLES * np.prod(patch)
 
 
 @pytest.mark.parametrize("patch", [(4, 4, 4), (5, 6, 7), (3, 8, 2)])
@@ -199,7 +200,7 @@ def test_without_augmentation_a_patch_is_a_window_of_the_case(
 ) -> None:
     # Were the crop larger than the patch by an odd number, every voxel would lie between two of the case: blurred.
     data = scenes(cache, Compose([_turned(patch, 0.0)]), patch, patch_size=patch if inside else None)
-    for index in range(len(data)):
+    for index in range(SAMPLES):
         image, label = np.asarray(data[index]["image"]), np.asarray(data[index]["label"])[0]
         places = np.rint(image[:3]).astype(int)
         np.testing.assert_allclose(image[:3], places, atol=1e-3)
@@ -333,6 +334,7 @@ def test_gamma_after_the_normalisation_is_refused(tiny_cohort: Manifest, cache: 
     ("change", "words"),
     [
         ({"foreground_probability": 1.5}, "foreground_probability 1.5"),
+        ({"on_bad_case": "ignore"}, "on_bad_case 'ignore'"),
         ({"patch_size": (9, 8, 8)}, "patch_size"),  # crops of 10: the middle would lie between two voxels
         ({"patch_size": (12, 8, 8)}, "patch_size"),
         ({"patch_size": (8, 8)}, "patch_size"),
@@ -341,6 +343,60 @@ def test_gamma_after_the_normalisation_is_refused(tiny_cohort: Manifest, cache: 
 def test_contradictions_are_refused(tiny_cohort: Manifest, cache: Path, change: dict[str, Any], words: str) -> None:
     with pytest.raises(BundleError, match=words):
         dataset(tiny_cohort, cache, **change)
+
+
+def damaged(cache: Path, cases: Sequence[int], **changes: Any) -> PatchDataset:
+    """Of four cases, the arrays of ``cases`` are torn after the run has started, as by a failing disk."""
+    items = [{"case": f"p{i}", "label": "file", "digests": {"label": str(i)}} for i in range(4)]
+    data = scenes(cache, Compose([]), (4, 4, 4), data=items, **changes)
+    for case in cases:
+        path = data.cases[case].folder / "image.npy"
+        path.write_bytes(path.read_bytes()[:100])
+    return data
+
+
+def test_a_case_that_fails_in_the_middle_of_an_epoch_is_named(tmp_path: Path) -> None:
+    data = damaged(tmp_path, [2])
+    with pytest.raises(DataError, match="case p2: no patch can be made of it") as caught:
+        [data[index] for index in range(40)]
+    assert "ValueError" in caught.value.why
+    assert "on_bad_case" in caught.value.fix
+    seen = {}
+    for index in range(40):  # the others are not harmed
+        with contextlib.suppress(DataError):
+            seen[index] = data[index]["case"]
+    assert set(seen.values()) == {"p0", "p1", "p3"}
+
+
+def test_skipping_is_a_choice_takes_another_case_and_counts(tmp_path: Path) -> None:
+    data = damaged(tmp_path, [2], on_bad_case="skip")
+    samples = [data[index] for index in range(40)]
+    assert {sample["case"] for sample in samples} == {"p0", "p1", "p3"}
+    bad = [sample["bad_cases"] for sample in samples]
+    assert 5 <= sum(map(bool, bad)) <= 20  # about a quarter of the samples meet it
+    assert {case for pairs in bad for case, _ in pairs} == {"p2"}
+    assert all("ValueError" in reason for pairs in bad for _, reason in pairs)
+    again = [data[index] for index in reversed(range(40))]  # what is taken instead is a function of the index, too
+    for one, two in zip(samples, reversed(again), strict=True):
+        assert one["bad_cases"] == two["bad_cases"]
+        assert torch.equal(torch.as_tensor(one["image"]), torch.as_tensor(two["image"]))
+
+
+def test_skipping_ends_where_every_case_fails(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no patch can be made of it"):
+        damaged(tmp_path, [0, 1, 2, 3], on_bad_case="skip")[0]
+
+
+def test_a_refusal_of_a_transform_comes_through_with_its_own_words(tmp_path: Path) -> None:
+    def refuse(item: dict[str, Any]) -> dict[str, Any]:
+        raise DataError("planted", "measured", "fix")
+
+    with pytest.raises(DataError, match="planted"):
+        scenes(tmp_path, Compose([refuse]), (4, 4, 4))[0]
+    bad = Compose([lambda item: refuse(item) if item["case"] == "p0" else item])
+    samples = [scenes(tmp_path, bad, (4, 4, 4), on_bad_case="skip")[index] for index in range(8)]
+    assert {sample["case"] for sample in samples} == {"p1"}
+    assert any("planted" in reason for sample in samples for _, reason in sample["bad_cases"])
 
 
 def test_volumes_are_whole_cases_from_the_same_entries(tiny_cohort: Manifest, cache: Path) -> None:
@@ -357,7 +413,10 @@ def test_volumes_are_whole_cases_from_the_same_entries(tiny_cohort: Manifest, ca
 def test_a_batch_is_plain_tensors_and_case_names() -> None:
     samples = [{"image": MetaTensor(torch.ones(1, 2)), "label": torch.zeros(1, 2), "case": c, "x": 1} for c in "ab"]
     batch = collate_batch(samples)
-    assert set(batch) == {"image", "label", "case"}
+    assert set(batch) == {"image", "label", "case", "bad_cases"}
+    assert batch["bad_cases"] == []
+    samples[1]["bad_cases"] = [("c", "torn"), ("d", "torn")]
+    assert collate_batch(samples)["bad_cases"] == [("c", "torn"), ("d", "torn")]
     assert type(batch["image"]) is torch.Tensor
     assert batch["image"].shape == (2, 1, 2)
     assert batch["case"] == ["a", "b"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipelines.files import write_atomically, write_json
+from pipelines.files import sweep_temporaries, write_atomically, write_json
 from transforms.errors import ResourceError
 
 
@@ -76,6 +77,53 @@ def test_a_file_system_that_cannot_sync_folders_is_no_error(tmp_path: Path, monk
     monkeypatch.setattr(os, "fsync", only_files)
     write_atomically(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_a_file_that_fails_its_check_never_gets_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old", check=lambda temporary: None)
+    seen: list[bytes] = []
+
+    def refuse(temporary: Path) -> None:
+        seen.append(temporary.read_bytes())
+        assert temporary.parent == path.parent  # else the move could not be atomic
+        raise ResourceError("planted")
+
+    with pytest.raises(ResourceError, match="planted"):
+        write_atomically(path, b"new", check=refuse)
+    assert seen == [b"new"]
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_order_is_sync_check_rename_sync_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    sync, replace = os.fsync, Path.replace
+
+    def note_sync(descriptor: int) -> None:
+        order.append("sync folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "sync file")
+        sync(descriptor)
+
+    def note_replace(self: Path, target: Path) -> Path:
+        order.append("rename")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "replace", note_replace)
+    write_atomically(tmp_path / "file", b"new", check=lambda _: order.append("check"))
+    assert order == ["sync file", "check", "rename", "sync folder"]
+
+
+def test_what_killed_writers_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("a", ".hidden", "b.tmp", "inner/c"):
+        write_atomically(tmp_path / name, b"x")
+    kept = sorted(tmp_path.rglob("*"))
+    (tmp_path / ".a.0123.tmp").write_bytes(b"half")
+    (tmp_path / "inner" / ".c.4567.tmp").write_bytes(b"half")
+    assert sweep_temporaries(tmp_path) == 2
+    assert sorted(tmp_path.rglob("*")) == kept
+    assert sweep_temporaries(tmp_path) == 0
+    assert sweep_temporaries(tmp_path / "absent") == 0
 
 
 def test_json_is_readable_and_refuses_nan(tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from monai.engines import SupervisedTrainer
 from torch import nn
 
 from pipelines.training import handlers as module
 from pipelines.training.averaging import averaged_network
 from pipelines.training.checkpoints import read_header
+from pipelines.training.faults import FaultTolerantTrainer, NonFiniteSteps
 from pipelines.training.handlers import (
     AverageLoss,
     ClipGradients,
@@ -24,7 +24,6 @@ from pipelines.training.handlers import (
     ReportProgress,
     SeedEpoch,
     StopEarly,
-    StopOnNonFiniteLoss,
     is_better,
 )
 from pipelines.training.schedule import polynomial_with_warmup
@@ -49,11 +48,11 @@ def batches(*targets: float) -> list[dict[str, Any]]:
     ]
 
 
-def trainer(handlers: list[Any], data: Any, epochs: int = 1, accumulation: int = 1) -> SupervisedTrainer:
+def trainer(handlers: list[Any], data: Any, epochs: int = 1, accumulation: int = 1) -> FaultTolerantTrainer:
     network = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         network.weight.fill_(1.0)
-    return SupervisedTrainer(
+    return FaultTolerantTrainer(
         device=torch.device("cpu"),
         max_epochs=epochs,
         train_data_loader=data,
@@ -66,7 +65,11 @@ def trainer(handlers: list[Any], data: Any, epochs: int = 1, accumulation: int =
     )
 
 
-def record_steps(engine: SupervisedTrainer) -> list[float]:
+def non_finite(folder: Path) -> NonFiniteSteps:
+    return NonFiniteSteps(folder, nn.Linear(1, 1), HEADER)
+
+
+def record_steps(engine: FaultTolerantTrainer) -> list[float]:
     """Record the norm of the gradient at every step of the optimiser."""
     norms: list[float] = []
     real = engine.optimizer.step
@@ -81,7 +84,7 @@ def record_steps(engine: SupervisedTrainer) -> list[float]:
 
 @pytest.mark.parametrize(("accumulation", "steps"), [(1, 5), (2, 3), (3, 2), (5, 1), (7, 1)])
 def test_clipping_happens_once_per_optimiser_step_and_before_it(
-    monkeypatch: pytest.MonkeyPatch, accumulation: int, steps: int
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, accumulation: int, steps: int
 ) -> None:
     clipped: list[float] = []
     real = torch.nn.utils.clip_grad_norm_
@@ -91,7 +94,7 @@ def test_clipping_happens_once_per_optimiser_step_and_before_it(
         return torch.tensor(clipped[-1])
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-    engine = trainer([ClipGradients(0.5)], batches(30, -4, 5, -6, 7), 2, accumulation)
+    engine = trainer([ClipGradients(0.5, non_finite(tmp_path))], batches(30, -4, 5, -6, 7), 2, accumulation)
     norms = record_steps(engine)
     engine.run()
     # five batches in groups of two are 2 + 2 + 1: three steps in every epoch
@@ -100,17 +103,29 @@ def test_clipping_happens_once_per_optimiser_step_and_before_it(
     assert max(clipped) > 0.5
 
 
-def test_a_gradient_below_the_limit_is_left_alone() -> None:
-    engine = trainer([ClipGradients(100.0)], batches(3))
+def test_a_gradient_below_the_limit_is_left_alone(tmp_path: Path) -> None:
+    engine = trainer([ClipGradients(100.0, non_finite(tmp_path))], batches(3))
     norms = record_steps(engine)
     engine.run()
     assert norms == pytest.approx([4.0])  # d/dw (w - 3)^2 = 2 (1 - 3)
 
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, float("nan")])
-def test_a_limit_with_which_nothing_is_learnt_is_refused(limit: float) -> None:
+def test_a_limit_with_which_nothing_is_learnt_is_refused(tmp_path: Path, limit: float) -> None:
     with pytest.raises(BundleError, match="clip_norm"):
-        ClipGradients(limit)
+        ClipGradients(limit, non_finite(tmp_path))
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path: Path) -> None:
+    engine = trainer([], batches(1, 2, 3))
+    handler = NonFiniteSteps(tmp_path, engine.network, HEADER)
+    ClipGradients(1.0, handler).attach(engine)
+    engine.network.weight.register_hook(lambda grad: grad * float("nan") if engine.state.iteration == 2 else grad)
+    norms = record_steps(engine)
+    engine.run()
+    assert len(norms) == 2
+    assert handler.count == 1
+    assert torch.isfinite(engine.network.weight).all()
 
 
 @pytest.mark.parametrize(("accumulation", "epochs"), [(1, 1), (2, 3), (4, 2)])
@@ -120,7 +135,7 @@ def test_rate_and_average_follow_the_optimiser(accumulation: int, epochs: int) -
     total = math.ceil(5 / accumulation) * epochs
     scheduler = polynomial_with_warmup(engine.optimizer, total, 0, 1.0)
     seen: list[tuple[bool, float]] = []
-    FollowOptimizer(scheduler, average).attach(engine)
+    FollowOptimizer(scheduler, engine.network, average).attach(engine)
     norms = record_steps(engine)
 
     @engine.on(module.Events.ITERATION_COMPLETED)
@@ -136,44 +151,53 @@ def test_rate_and_average_follow_the_optimiser(accumulation: int, epochs: int) -
 def test_the_data_set_is_told_the_epoch_before_its_first_sample() -> None:
     class Data(torch.utils.data.Dataset):
         def __init__(self) -> None:
-            self.epoch, self.drawn = 0, list[int]()
+            self.epoch, self.phase, self.drawn = 0, 0, list[tuple[int, int]]()
 
         def __len__(self) -> int:
             return 2
 
-        def set_epoch(self, epoch: int) -> None:
-            self.epoch = epoch
+        def set_epoch(self, epoch: int, phase: int) -> None:
+            self.epoch, self.phase = epoch, phase
 
         def __getitem__(self, index: int) -> dict[str, Any]:
-            self.drawn.append(self.epoch)
+            self.drawn.append((self.epoch, self.phase))
             return {"image": torch.ones(1), "label": torch.ones(1)}
 
     data = Data()
-    trainer([SeedEpoch(data)], torch.utils.data.DataLoader(data), epochs=3).run()
-    assert data.drawn == [1, 1, 2, 2, 3, 3]
+    trainer([SeedEpoch(data, 4)], torch.utils.data.DataLoader(data), epochs=3).run()
+    assert data.drawn == [(1, 4), (1, 4), (2, 4), (2, 4), (3, 4), (3, 4)]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_before_it_can_harm(value: float) -> None:
-    engine = trainer([StopOnNonFiniteLoss()], batches(1, 1, value))
+def test_a_loss_that_is_not_finite_is_stopped_before_it_can_harm(tmp_path: Path, value: float) -> None:
+    engine = trainer([], batches(1, value, 1, value, value, 1))
+    NonFiniteSteps(tmp_path, engine.network, HEADER).attach(engine)
     norms = record_steps(engine)
     with pytest.raises(DataError) as caught:
         engine.run()
-    for words in (f"loss is {value}", "epoch 1, iteration 3", "term square, offset", "cases p2"):
+    for words in ("epoch 1, iteration 5", "term loss, offset, square", "cases p4", "third time"):
         assert words in caught.value.what
-    assert len(norms) == 2
+    assert f"loss {value}" in caught.value.why
+    assert len(norms) == 2  # of the two sound steps before
     assert torch.isfinite(engine.network.weight).all()
 
 
-def test_only_the_term_at_fault_is_named() -> None:
+def test_only_the_term_at_fault_is_named(tmp_path: Path) -> None:
+    handler = non_finite(tmp_path)
+    handler.count = 2
+    state = SimpleNamespace(
+        output={"loss": torch.tensor(1.0)},
+        epoch=2,
+        iteration=7,
+        batch={"image": torch.ones(2, 1), "case": ["a", "b"]},
+        device="cpu",
+    )
     engine = SimpleNamespace(
-        state=SimpleNamespace(
-            output={"loss": torch.tensor(float("nan"))}, epoch=2, iteration=7, batch={"case": ["a", "b"]}
-        ),
+        state=state,
         loss_function=SimpleNamespace(last_terms={"dice": torch.tensor(float("nan")), "ce": torch.tensor(1.0)}),
     )
-    with pytest.raises(DataError, match="term dice, cases a, b"):
-        StopOnNonFiniteLoss()(engine)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"^error: term dice of the loss is not finite at .*cases a, b"):
+        handler._loss(engine)
 
 
 def test_the_mean_of_the_loss_and_its_terms_is_that_of_each_epoch() -> None:
@@ -188,6 +212,41 @@ def test_the_mean_of_the_loss_and_its_terms_is_that_of_each_epoch() -> None:
     assert again.state.metrics["loss"] == pytest.approx(15.5)  # not a sum over epochs
 
 
+def test_the_mean_of_a_resumed_epoch_is_that_of_the_whole(tmp_path: Path) -> None:
+    def averaged(data: list[dict[str, Any]], begin: int, state: dict[str, Any] | None = None) -> AverageLoss:
+        handler = AverageLoss()
+        engine = trainer([handler], data)
+        engine.optimizer.param_groups[0]["lr"] = 0.0
+        if state is not None:
+            handler.load_state_dict(state)
+        engine.state.iteration, engine.state.epoch_length = begin, 4
+        handler._reset(engine)
+        for batch in data:
+            loss = engine.loss_function(engine.network(batch["image"]), batch["label"])
+            engine.state.output = {"loss": loss}
+            engine.state.iteration += 1
+            handler._add(engine)
+        handler._compute(engine)
+        handler.means = dict(engine.state.metrics)  # type: ignore[attr-defined]
+        return handler
+
+    whole = averaged(batches(1, 2, 5, 7), 0)
+    first = averaged(batches(1, 2), 0)
+    second = averaged(batches(5, 7), 2, first.state_dict())
+    assert second.means == whole.means  # type: ignore[attr-defined]
+    assert averaged(batches(5, 7), 0, first.state_dict()).means != whole.means  # type: ignore[attr-defined]  # a new epoch
+
+
+def test_a_loss_that_is_not_finite_does_not_count_in_the_mean(tmp_path: Path) -> None:
+    losses = AverageLoss()
+    engine = trainer([], batches(1, float("nan"), 2))
+    engine.optimizer.param_groups[0]["lr"] = 0.0
+    NonFiniteSteps(tmp_path, engine.network, HEADER).attach(engine)
+    losses.attach(engine)
+    engine.run()
+    assert engine.state.metrics["loss"] == pytest.approx(15.5)  # as without the second batch
+
+
 class Run:
     """Plays the epochs of a run whose validation gives ``metrics`` (None: no validation in that epoch)."""
 
@@ -200,8 +259,8 @@ class Run:
         self.stopper = StopEarly(self.keeper, patience, first) if patience else None
         self.stopped_at = 0
 
-    def play(self, *metrics: float | None) -> Run:
-        for epoch, metric in enumerate(metrics, start=1):
+    def play(self, *metrics: float | None, begin: int = 1) -> Run:
+        for epoch, metric in enumerate(metrics, start=begin):
             with torch.no_grad():
                 self.network.weight.fill_(float(epoch))
             if metric is not None:
@@ -293,6 +352,25 @@ def test_early_stopping_by_hand(
     assert Run(tmp_path, patience=patience, first=first).play(*metrics).stopped_at == stopped_at
 
 
+def test_keeper_and_stopper_go_on_where_they_were(tmp_path: Path) -> None:
+    """Epochs 1 to 3, then a new process with epochs 4 to 6: the same as six in one."""
+    values = [0.3, 0.5, 0.4, 0.4, 0.45, 0.4]
+    whole = Run(tmp_path / "whole", patience=4).play(*values)
+    assert whole.stopper is not None
+    first = Run(tmp_path / "parts", patience=4).play(*values[:3])
+    second = Run(tmp_path / "parts", patience=4)
+    assert second.stopper is not None
+    second.keeper.load_state_dict(first.keeper.state_dict())
+    second.stopper.load_state_dict({"stopped": False})
+    second.play(*values[3:], begin=4)
+    assert second.keeper.state_dict() == whole.keeper.state_dict()
+    assert second.stopped_at == whole.stopped_at == 6
+    assert second.stopper.state_dict() == whole.stopper.state_dict() == {"stopped": True}
+    for name in ("best", "last"):
+        files = [(tmp_path / part / f"{name}.safetensors").read_bytes() for part in ("whole", "parts")]
+        assert files[0] == files[1]
+
+
 def test_patience_zero_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="early_stopping_patience 0"):
         StopEarly(Run(tmp_path).keeper, 0, 0)
@@ -300,8 +378,9 @@ def test_patience_zero_is_refused(tmp_path: Path) -> None:
 
 def test_one_line_per_epoch_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="pipelines.training.handlers"):
-        trainer([AverageLoss(), ReportProgress(learning_rate=lambda: 0.1)], batches(1, 2), epochs=2).run()
+        report = ReportProgress(rates=lambda: {"head": 0.1, "rest": 0.02})
+        trainer([AverageLoss(), report], batches(1, 2), epochs=2).run()
     lines = [record.getMessage() for record in caplog.records if record.name == "pipelines.training.handlers"]
     assert len(lines) == 2
     assert lines[0].startswith("epoch 1/2  loss ")
-    assert "lr 1.00e-01" in lines[1]
+    assert "lr 1.00e-01, 2.00e-02" in lines[1]

@@ -7,10 +7,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from pipelines.bundles import machine
 from pipelines.training import run_folder as module
 from pipelines.training.run_folder import (
+    code_digest,
     create_run,
     environment,
     extend_record,
@@ -77,14 +80,47 @@ def test_a_place_that_cannot_be_written_is_three_lines(tmp_path: Path) -> None:
 
 def test_the_record_is_complete_and_grows(tmp_path: Path) -> None:
     folder = create_run(tmp_path, "b", "first")
-    write_record(folder, {"spacing": (1.0, 1.0), "max_epochs": 3}, {"seed": 7})
+    write_record(folder, {"spacing": (1.0, 1.0), "max_epochs": 3}, {**environment(), "seed": 7})
     extend_record(folder, {"outcome": {"best_metric": 0.5}})
     record = json.loads((folder / "record.json").read_text())
     assert yaml.safe_load((folder / "config.yaml").read_text()) == {"spacing": [1.0, 1.0], "max_epochs": 3}
     assert record["seed"] == 7
     assert record["outcome"] == {"best_metric": 0.5}
-    assert {"command", "python", "platform", "versions", "commit", "threads", "gpus", "started"} <= set(record)
+    expected = {"command", "python", "platform", "versions", "commit", "code_digest", "gpus", "started"}
+    assert expected <= set(record)
     assert record["versions"]["monai"].startswith("1.6")
+
+
+def test_the_machine_is_on_record_with_all_that_decides_the_last_bits() -> None:
+    found = machine(torch.device("cpu"), "fp32")
+    assert found == {"device": "cpu", "precision": "fp32", "processes": 1, "threads": torch.get_num_threads()}
+
+
+def test_the_digest_of_the_code_changes_with_any_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in ("pipelines/training/run_folder.py", "pipelines/a.py", "transforms/b.py"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("x = 1\n")
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "pipelines/training/run_folder.py"))
+    digests = [code_digest()]
+    (tmp_path / "pipelines" / "notes.txt").write_text("no code")
+    assert code_digest() == digests[0]
+    (tmp_path / "transforms" / "b.py").write_text("x = 2\n")
+    digests.append(code_digest())
+    (tmp_path / "transforms" / "b.py").rename(tmp_path / "transforms" / "c.py")
+    digests.append(code_digest())
+    (tmp_path / "pipelines" / "new.py").write_text("")
+    digests.append(code_digest())
+    assert len(set(digests)) == 4
+
+
+def test_a_resumed_run_may_have_a_name_that_is_taken(tmp_path: Path) -> None:
+    create_run(tmp_path, "b", "first")
+    for resume in (True, "auto"):
+        refuse_existing_run(tmp_path, "b", "first", resume)
+        with pytest.raises(UsageError, match="run_name"):
+            refuse_existing_run(tmp_path, "b", "../first", resume)
+    with pytest.raises(UsageError, match="first exists already"):
+        refuse_existing_run(tmp_path, "b", "first", False)
 
 
 def test_the_commit_is_that_of_this_code_and_of_no_other_repository(
