@@ -1,8 +1,8 @@
 """From one row per case and label to a table that can be defended.
 
 Subjects, not cases, are drawn at random from a population: two scans of one person are not two observations. The
-interval is therefore a percentile bootstrap over subjects (Efron and Tibshirani 1993, chapter 13), each drawn with all
-its cases. What has no value is counted beside the mean, and a NaN is refused, never averaged away.
+interval is therefore a BCa bootstrap over subjects (Efron 1987), each drawn with all its cases. What has no value is
+counted beside the mean, and a NaN is refused, never averaged away.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.metrics.statistics import bca_interval, draw_subjects, resampled_means
 from transforms.errors import DataError
 
 IDENTITY = ("case", "subject", "label", "status")
@@ -45,8 +46,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], n_resamples: int = 2000, seed: 
     """
     metrics = metric_names(rows)
     subjects = sorted({str(row["subject"]) for row in rows})
-    position = {subject: i for i, subject in enumerate(subjects)}
-    draws = np.random.default_rng(seed).multinomial(len(subjects), [1 / len(subjects)] * len(subjects), n_resamples)
+    draws = draw_subjects(len(subjects), n_resamples, seed)
     by_label: dict[str, dict[str, dict[str, Any]]] = {}
     over_labels: dict[str, dict[str, Any]] = {}
     names = sorted({str(row["label"]) for row in rows})
@@ -54,15 +54,16 @@ def summarise(rows: Sequence[Mapping[str, Any]], n_resamples: int = 2000, seed: 
     for metric in metrics:
         resampled = []
         for name in names:
-            entry, means = _summarise_metric(of_label[name], metric, position, draws)
+            entry, means = _summarise_metric(of_label[name], metric, subjects, draws)
             by_label.setdefault(name, {})[metric] = entry
             resampled.append(means)
         with_value = {str(row["subject"]) for row in rows if row[metric] is not None}
-        over_labels[metric] = _average_labels([by_label[name][metric] for name in names], resampled, len(with_value))
+        entries = [by_label[name][metric] for name in names]
+        over_labels[metric] = _average_labels(entries, resampled, len(with_value), len(subjects))
     return {
         "n_cases": len({str(row["case"]) for row in rows}),
         "n_subjects": len(subjects),
-        "bootstrap": {"unit": "subject", "method": "percentile", "n_resamples": n_resamples, "seed": seed},
+        "bootstrap": {"unit": "subject", "method": "BCa", "n_resamples": n_resamples, "seed": seed},
         "labels": by_label,
         "mean_over_labels": over_labels,
     }
@@ -117,31 +118,29 @@ def _check_value(row: Mapping[str, Any], metric: str) -> None:
 
 
 def _summarise_metric(
-    rows: Sequence[Mapping[str, Any]], metric: str, position: Mapping[str, int], draws: NDArray[np.int64]
+    rows: Sequence[Mapping[str, Any]], metric: str, subjects: Sequence[str], draws: NDArray[np.float64]
 ) -> tuple[dict[str, Any], NDArray[np.float64]]:
-    """Return the entry of one label and metric, and the mean in every resample (NaN: no value was drawn)."""
-    values: dict[str, list[float]] = {}
+    """Return the entry of one label and metric, and its mean: of all, without each subject, in every resample.
+
+    A mean is NaN where no value was drawn.
+    """
+    values: dict[str, list[float]] = {subject: [] for subject in subjects}
     for row in rows:
         if row[metric] is not None:
-            values.setdefault(str(row["subject"]), []).append(float(row[metric]))
-    pooled = [value for of_subject in values.values() for value in of_subject]
+            values[str(row["subject"])].append(float(row[metric]))
+    of_subject = list(values.values())
+    pooled = [value for of_one in of_subject for value in of_one]
+    n_with_value = sum(bool(of_one) for of_one in of_subject)
     entry: dict[str, Any] = {"n": len(pooled)}
     entry |= {count: sum(row.get("status") == status for row in rows) for count, status in COUNTED.items()}
     if not pooled:
-        return entry | _statistics(None, None), np.full(len(draws), np.nan)
-    # Exact rational arithmetic: the order of the rows does not matter, and the mean of equal values is that value.
-    mean = statistics.mean(pooled)
-    deviation, count = np.zeros(len(position)), np.zeros(len(position))
-    for subject, of_subject in values.items():
-        deviation[position[subject]] = math.fsum(value - mean for value in of_subject)
-        count[position[subject]] = len(of_subject)
-    drawn = draws @ count
-    means = np.where(drawn > 0, mean + (draws @ deviation) / np.maximum(drawn, 1), np.nan)
-    return entry | _statistics(mean, statistics.median(pooled), means, len(values)), means
+        return entry | _statistics(None, None), np.full(1 + len(subjects) + len(draws), np.nan)
+    mean, means = resampled_means(of_subject, draws)
+    return entry | _statistics(mean, statistics.median(pooled), means, n_with_value, len(subjects)), means
 
 
 def _average_labels(
-    entries: Sequence[Mapping[str, Any]], resampled: Sequence[NDArray[np.float64]], n_subjects: int
+    entries: Sequence[Mapping[str, Any]], resampled: Sequence[NDArray[np.float64]], n_with_value: int, n_subjects: int
 ) -> dict[str, Any]:
     counts = {key: sum(entry[key] for entry in entries) for key in ("n", *COUNTED)}
     scored = [entry for entry in entries if entry["n"]]
@@ -155,14 +154,20 @@ def _average_labels(
         statistics.mean(entry["mean"] for entry in scored),
         statistics.mean(entry["median"] for entry in scored),
         averaged,
+        n_with_value,
         n_subjects,
     )
 
 
 def _statistics(
-    mean: float | None, median: float | None, means: NDArray[np.float64] | None = None, n_subjects: int = 0
+    mean: float | None,
+    median: float | None,
+    means: NDArray[np.float64] | None = None,
+    n_with_value: int = 0,
+    n_subjects: int = 0,
 ) -> dict[str, float | None]:
+    """Return the figures; the interval needs two subjects with a value. ``means``: of all, without each, resampled."""
     low = high = None
-    if means is not None and n_subjects >= 2:
-        low, high = (float(q) for q in np.percentile(means[np.isfinite(means)], [2.5, 97.5]))
+    if means is not None and n_with_value >= 2:
+        low, high = bca_interval(float(means[0]), means[1 : 1 + n_subjects], means[1 + n_subjects :])
     return {"mean": mean, "median": median, "ci95_low": low, "ci95_high": high}
