@@ -7,6 +7,7 @@ A loss or a gradient that is not finite never reaches the weights: the step is l
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import math
 from collections import Counter
@@ -27,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 NON_FINITE_STEPS_ALLOWED = 2
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
+_NO_STORAGE = {
+    getattr(errno, name, None)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EACCES", "EPERM", "EEXIST", "ENOTDIR")
+}
 _DEAD_WORKER = ("DataLoader worker", "exited unexpectedly")
 
 
@@ -143,17 +148,25 @@ class CountBadCases:
 
 @contextlib.contextmanager
 def explained(sizes: Mapping[str, Any], knobs: str) -> Iterator[None]:
-    """Turn memory that does not suffice and a worker that died into three lines.
+    """Turn memory that does not suffice, a disk that cannot be written and a worker that died into three lines.
 
     Args:
         sizes: what was to fit, for instance batch_size 2 and patch_size [96, 96, 96].
         knobs: what to turn, the best first.
 
     Raises:
-        ResourceError: memory did not suffice, or a worker died.
+        ResourceError: memory did not suffice, a worker died, or somebody else's writer (TensorBoard's) failed.
     """
     try:
         yield
+    except OSError as problem:
+        if find_error(problem) is not None or problem.errno not in _NO_STORAGE:
+            raise
+        raise ResourceError(
+            f"{problem.filename or 'a file of the run'}: cannot be written",
+            str(problem),
+            "free space or fix the permissions, then resume the run",
+        ) from problem
     except (RuntimeError, MemoryError) as problem:
         if find_error(problem) is not None:
             raise

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from pipelines.training.datasets import collate_batch
 from pipelines.training.distributed import rank, world_size
+from pipelines.training.signals import heed_the_parent_alone
 from transforms.errors import BundleError
 
 
@@ -61,5 +62,6 @@ def patch_loader(dataset: Any, steps: int, batch_size: int, workers: int) -> Dat
         num_workers=workers,
         collate_fn=collate_batch,
         generator=torch.Generator().manual_seed(0),
+        worker_init_fn=heed_the_parent_alone,
         pin_memory=torch.cuda.is_available(),
     )

@@ -171,14 +171,23 @@ def setup_differences(
 ) -> dict[str, list[str]]:
     """Return, per kind of difference, what differs as texts; nothing where the run can go on exactly."""
     keys = [key for key in {**config_before, **config_now} if key not in MAY_DIFFER]
+    configs = (_flat({key: config[key] for key in keys if key in config}) for config in (config_before, config_now))
     found = {
-        "config": _differences({k: config_before.get(k) for k in keys}, {k: config_now.get(k) for k in keys}),
+        "config": _differences(*configs),
         "manifest": _differences(*({"digest": r.get("manifest_digest")} for r in (record_before, record_now))),
         "code": _differences(*({"digest": r.get("code_digest")} for r in (record_before, record_now))),
         "versions": _differences(record_before.get("versions", {}), record_now.get("versions", {})),
         "machine": _differences(record_before.get("machine", {}), record_now.get("machine", {})),
     }
     return {kind: texts for kind, texts in found.items() if texts}
+
+
+def _flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, ``{a: {b: 1}}`` as ``{a#b: 1}``, so that a difference has a short name."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{above}{key}#") if isinstance(value, Mapping) and value else {f"{above}{key}": value}
+    return flat
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -23,9 +23,9 @@ from monai.inferers import Inferer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
+from pipelines.files import sweep_temporaries
 from pipelines.networks.memory_layout import lay_out_channels_last
 from pipelines.training.board import hyper_parameters_of
-from pipelines.files import sweep_temporaries
 from pipelines.training.checkpoints import load_weights, read_header
 from pipelines.training.distributed import any_process, from_every_process, is_main_process, rank, wait_for_all
 from pipelines.training.engines import PhaseEngine, phase_engine
@@ -309,7 +309,7 @@ class TrainingRun:
                 raise InterruptedRun(
                     f"run {self.run_dir.name}: asked to stop ({asked.name or 'another process'})",
                     f"its state is saved, in epoch {trainer.state.epoch}, after {trainer.state.iteration} steps",
-                    f"go on with: --resume true --run_name {self.run_dir.name}",
+                    f"go on with: --resume True --run_name {self.run_dir.name}",
                 )
 
             trainer.add_event_handler(Events.ITERATION_COMPLETED, after_step)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -45,3 +47,25 @@ def stop_signals() -> Iterator[Asked]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def heed_the_parent_alone(worker: int = 0) -> None:
+    """Let a process that prepares samples outlive a signal to the whole group; the process that it works for ends it.
+
+    ``torchrun`` and clusters signal every process of a run. The training process then finishes its step and saves,
+    for which it needs its workers. For ``worker_init_fn`` of a loader; where the system does not tell the sender of a
+    signal (macOS, Windows), nothing changes.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None or not hasattr(signal, "sigwaitinfo"):
+        return
+    signals = {getattr(signal, name) for name in ASK_TO_STOP}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+    def listen() -> None:
+        while True:
+            asked = signal.sigwaitinfo(signals)
+            if asked.si_signo == signal.SIGTERM and asked.si_pid == parent.pid:
+                os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()

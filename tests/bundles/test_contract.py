@@ -120,6 +120,19 @@ def test_variants_pass_the_lint(root: Path) -> None:
             assert {key: parser.get()[key] for key in changed} == changed
 
 
+@each_bundle
+def test_several_processes_train_what_one_trains(root: Path) -> None:
+    """The configuration laid over the training joins and leaves the processes, and changes nothing else."""
+    with bundle_parser(str(root), "train", {}) as parser:
+        alone = dict(parser.get())
+    with bundle_parser(str(root), "train", {}, ["configs/multi_gpu_train.yaml"]) as parser:
+        several = dict(parser.get())
+    assert {key for key in {**alone, **several} if alone.get(key) != several.get(key)} == {"initialize", "finalize"}
+    assert several["initialize"][1:] == alone["initialize"]
+    assert "join_processes" in several["initialize"][0]
+    assert ["leave_processes" in step for step in several["finalize"]] == [True]
+
+
 @each_configuration
 def test_hyper_parameters_are_commented_plain_values(root: Path, part: str) -> None:
     path = root / "configs" / f"{part}.yaml"
@@ -158,4 +171,6 @@ def test_metadata_is_valid_offline(root: Path) -> None:
 def test_overrides_reach_what_reads_them(root: Path) -> None:
     with bundle_parser(str(root), "train", {"max_epochs": 7, "learning_rate": 0.5}) as parser:
         assert parser.get_parsed_content("train::trainer::max_epochs", instantiate=False) == 7
-        assert "learning_rate" in set(referenced_keys(parser.get()["optimizer"]))
+        (phase,) = parser.get_parsed_content("plan")
+        assert (phase.max_epochs, phase.rates) == (7, {".*": 0.5})
+        assert {"plan", "optimizer"} <= set(referenced_keys({"train": parser.get()["train"]["trainer"]}))

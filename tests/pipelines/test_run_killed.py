@@ -194,7 +194,6 @@ def test_two_hundred_kills_never_cost_more_than_a_moment(tmp_path: Path) -> None
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["kills"] == 200
     assert report["problems"] == []
-    assert report["runs"] >= 2
     assert report["while_writing"] >= 5  # the kills came where it matters: a half-written file lay beside
     expected = outcome_of(tmp_path / "undisturbed" / "run")
     for number in range(report["runs"]):
