@@ -31,6 +31,7 @@ MAY_DIFFER = frozenset(
     ]
 )
 KINDS = ("config", "manifest", "code", "versions", "machine")
+RECORDED_AS = {"manifest": "manifest_digest", "code": "code_digest", "versions": "versions", "machine": "machine"}
 _LOCKS: dict[Path, FileLock] = {}  # of the runs that this process is in; the system lets go of them when it dies
 
 
@@ -158,7 +159,9 @@ def refuse_other_setup(
             )
         logger.warning("resuming although %s differs: %s", kind, "; ".join(texts))
     entry = {"at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": record.get("command"), "despite": differences}
-    extend_record(folder, {"resumed": [*earlier.get("resumed", []), entry]})
+    # what was accepted once is the setup from now on; what it was before stands in the entry
+    accepted = {key: record.get(key) for kind, key in RECORDED_AS.items() if kind in differences}
+    extend_record(folder, {"resumed": [*earlier.get("resumed", []), entry], **accepted})
     if "config" in differences:  # only once it is on record
         write_atomically(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())
 
@@ -174,8 +177,8 @@ def setup_differences(
     configs = (_flat({key: config[key] for key in keys if key in config}) for config in (config_before, config_now))
     found = {
         "config": _differences(*configs),
-        "manifest": _differences(*({"digest": r.get("manifest_digest")} for r in (record_before, record_now))),
-        "code": _differences(*({"digest": r.get("code_digest")} for r in (record_before, record_now))),
+        "manifest": _differences(*({"digest": r.get(RECORDED_AS["manifest"])} for r in (record_before, record_now))),
+        "code": _differences(*({"digest": r.get(RECORDED_AS["code"])} for r in (record_before, record_now))),
         "versions": _differences(record_before.get("versions", {}), record_now.get("versions", {})),
         "machine": _differences(record_before.get("machine", {}), record_now.get("machine", {})),
     }

@@ -250,6 +250,9 @@ def test_another_setup_is_refused_unless_acknowledged_by_name(tmp_path: Path, ki
     (entry,) = json.loads((folder / "record.json").read_text())["resumed"]
     assert list(entry["despite"]) == [kind]
     assert yaml.safe_load((folder / "config.yaml").read_text()) == config
+    refuse_other_setup(folder, config, record)  # accepted once is accepted: the next interruption needs no word
+    entries = json.loads((folder / "record.json").read_text())["resumed"]
+    assert [list(entry["despite"]) for entry in entries] == [[kind], []]
 
 
 def test_several_differences_need_several_acknowledgements(tmp_path: Path) -> None:
