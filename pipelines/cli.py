@@ -5,6 +5,7 @@ fiducial manifest import folder ROOT --image flair='{subject}/FLAIR.nii.gz' --la
 fiducial train brain_lesion_mri_segmentation --manifest cohort.json --max_epochs 50
 fiducial evaluate brain_lesion_mri_segmentation --manifest cohort.json
 fiducial predict brain_lesion_mri_segmentation -i scans/ -o masks/
+fiducial report runs/brain_lesion_mri_segmentation/first runs/brain_lesion_mri_segmentation/second -o comparison/
 fiducial train brain_lesion_mri_segmentation --manifest cohort.json --resume True
 fiducial train brain_lesion_mri_segmentation --manifest cohort.json --folds 5 --run_name cv
 fiducial predict brain_lesion_mri_segmentation -i scans/ -o masks/ --ensemble cv --uncertainty True
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         _add_bundle_command(commands, name, config, text)
     add_manifest_commands(commands)
+    _add_report_command(commands)
     _add_landmarks_command(commands)
     _add_find_rate_command(commands)
     _add_replay_command(commands)
@@ -124,6 +126,19 @@ def _cross_validate(options: argparse.Namespace, overrides: dict[str, Any]) -> N
 
     run = train_folds if options.command == "train" else evaluate_folds
     run(options.bundle, options.folds, overrides, options.variant)
+
+
+def _add_report_command(commands: Any) -> None:
+    report = commands.add_parser("report", help="one HTML file of a run's results, or of several runs side by side")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or a metrics folder")
+    report.add_argument("-o", "--output", help="folder for the report; of a single run by itself: report/ in the run")
+    report.set_defaults(call=_report)
+
+
+def _report(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from pipelines.reports import write_report
+
+    print(write_report(options.runs, options.output))
 
 
 def _add_landmarks_command(commands: Any) -> None:

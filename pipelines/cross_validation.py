@@ -17,6 +17,7 @@ import yaml
 
 from pipelines.manifests import Manifest, load_manifest
 from pipelines.metrics import summarise
+from pipelines.reports import report_or_warn
 from pipelines.reports.tables import format_table, read_per_case_csv, write_per_case_csv, write_summary_json
 from pipelines.runner import bundle_parser, run_bundle
 from pipelines.training.distributed import place_in
@@ -128,6 +129,7 @@ def evaluate_folds(bundle: str, folds: int, overrides: Mapping[str, Any], varian
     print(
         f"out of fold: {summary['n_cases']} cases, results in {folder / 'metrics'}\n{format_table(summary)}", flush=True
     )
+    report_or_warn(folder)
     return folder
 
 

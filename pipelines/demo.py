@@ -105,6 +105,7 @@ def _report(run: Path, folder: Path, seconds: float) -> None:
     )
     print(f"run folder   {run}")
     print(f"results      {run / 'metrics' / 'per_case.csv'}")
+    print(f"report       {run / 'report' / 'index.html'}")
     print(f"pictures     {run / 'metrics' / 'overlays'}")
     print(f"new masks    {folder / 'masks'}")
     print(f"TensorBoard  .venv/bin/tensorboard --logdir {run / 'tensorboard'}")

@@ -40,9 +40,9 @@ def overlay_panels(
         RGB (rows, columns, 3) float32 in [0, 1], anterior up; the first x of the array (the patient's left in RAS
         order) stands at the left of each panel.
     """
-    grey = _to_grey(image, index)
+    grey = to_grey(upright(image[..., index]), grey_window(image))
     panels = [grey]
-    panels += [_paint(grey, _upright(m[..., index]), colours) for m in (label, prediction) if m is not None]
+    panels += [paint(grey, upright(m[..., index]), colours) for m in (label, prediction) if m is not None]
     return np.concatenate(panels, axis=1).astype(np.float32)
 
 
@@ -73,18 +73,26 @@ def save_overlay_figure(
     write_atomically(path, buffer.getvalue())
 
 
-def _upright(plane: np.ndarray) -> np.ndarray:
-    """Turn (x right, y anterior) into picture rows (anterior up)."""
+def upright(plane: np.ndarray) -> np.ndarray:
+    """Turn a plane (first axis to the right, second axis up) into picture rows, the end of the second axis on top."""
     return np.flipud(np.asarray(plane).T)
 
 
-def _to_grey(image: np.ndarray, index: int) -> np.ndarray:
+def grey_window(image: np.ndarray) -> tuple[float, float]:
+    """Return what is shown as black and as white: the 1st and the 99.5th percentile of the whole image."""
     low, high = np.percentile(image, [1.0, 99.5])
-    plane = (_upright(image[..., index]).astype(np.float32) - low) / max(high - low, np.finfo(np.float32).tiny)
-    return np.repeat(np.clip(plane, 0.0, 1.0)[..., None], 3, axis=-1)
+    return float(low), float(high)
 
 
-def _paint(grey: np.ndarray, plane: np.ndarray, colours: Mapping[int, str]) -> np.ndarray:
+def to_grey(plane: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    """Return picture rows as grey RGB (rows, columns, 3) float32 in [0, 1]; ``window`` is what is black and white."""
+    low, high = window
+    scaled = (plane.astype(np.float32) - low) / max(high - low, float(np.finfo(np.float32).tiny))
+    return np.repeat(np.clip(scaled, 0.0, 1.0)[..., None], 3, axis=-1)
+
+
+def paint(grey: np.ndarray, plane: np.ndarray, colours: Mapping[int, str]) -> np.ndarray:
+    """Return a copy of the RGB picture with every label of ``plane`` tinted in its colour (``#rrggbb``), 0 left out."""
     painted = grey.copy()
     for label, colour in colours.items():
         inside = plane == label

@@ -64,7 +64,10 @@ class CaseMetrics:
             spacing = tuple(float(s) for s in voxel_sizes(np.asarray(reference.affine)))
             results = segmentation_metrics(prediction, truth, spacing, self.names, self.tolerance, case)
             self.rows += [{"case": case, "subject": self.subjects[case], **result} for result in results]
-            self._draw(item["image"].meta["filename_or_obj"], truth, prediction, case)
+            try:
+                self._draw(item["image"].meta["filename_or_obj"], truth, prediction, case)
+            except Exception as problem:  # a picture is no reason to lose the numbers of a whole split
+                logger.warning("case %s: no overlay (%s: %s)", case, type(problem).__name__, problem)
 
     def _draw(self, source: str, truth: np.ndarray, prediction: np.ndarray, case: str) -> None:
         image = nib.load(source)

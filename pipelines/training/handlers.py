@@ -128,7 +128,8 @@ class KeepCheckpoints:
 
     def __call__(self, engine: Engine) -> None:
         epoch = int(engine.state.epoch)
-        entry: dict[str, Any] = {"epoch": epoch, "loss": engine.state.metrics.get("loss")}
+        terms = {f"loss/{k}": v for k, v in engine.state.metrics.items() if k != "loss" and "/" not in k}
+        entry: dict[str, Any] = {"epoch": epoch, "loss": engine.state.metrics.get("loss"), **terms}
         metric = validated_metric(self.validator, epoch)
         if self.validator is not None and metric is not None:
             entry |= {name: finite_or_none(float(value)) for name, value in self.validator.state.metrics.items()}
