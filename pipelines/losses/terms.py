@@ -11,6 +11,7 @@ import math
 import torch
 from torch.nn import functional as F
 
+from pipelines.losses.processes import summed_over_processes
 from pipelines.losses.voxels import Voxels
 from transforms.errors import BundleError
 
@@ -25,8 +26,9 @@ def soft_dice_loss(
     Args:
         voxels: see :func:`~pipelines.losses.voxels.prepare_voxels`.
         include_background: count class 0 as a class.
-        batch: sum over the whole batch before dividing. Otherwise one Dice per sample, averaged over the samples that
-            keep at least one voxel; a patch without lesion then has a loss near 1 with next to no gradient.
+        batch: sum over the whole batch (of all processes) before dividing. Otherwise one Dice per sample, averaged
+            over the samples that keep at least one voxel; a patch without lesion then has a loss near 1 with next to
+            no gradient.
         smooth: added to numerator and denominator, positive; decides that an absent and unpredicted class has loss 0.
 
     Raises:
@@ -41,12 +43,16 @@ def soft_dice_loss(
     first = 0 if include_background else 1
     probability = (voxels.log_probabilities.exp() * voxels.kept)[:, first:].flatten(2)
     truth = voxels.truth[:, first:].flatten(2)
-    counts = voxels.kept.flatten(1).any(1, keepdim=True)
+    counts = voxels.kept.flatten(1).any(1, keepdim=True).float()
     overlap, size = (probability * truth).sum(2), (probability + truth).sum(2)
     if batch:
-        overlap, size, counts = overlap.sum(0, keepdim=True), size.sum(0, keepdim=True), counts.any(0, keepdim=True)
+        sums = torch.stack([overlap.sum(0), size.sum(0), counts.sum(0).expand_as(overlap[0])])
+        overlap, size, counts = summed_over_processes(sums).unsqueeze(1).unbind()
+        dice = (2 * overlap + smooth) / (size + smooth)
+        return ((1 - dice) * (counts > 0)).sum() / dice.shape[1]
     dice = (2 * overlap + smooth) / (size + smooth)
-    return ((1 - dice) * counts).sum() / (counts.sum().clamp(min=1) * dice.shape[1])
+    total, samples = summed_over_processes(torch.stack([((1 - dice) * counts).sum(), counts.sum()])).unbind()
+    return total / (samples.clamp(min=1) * dice.shape[1])
 
 
 def cross_entropy_loss(voxels: Voxels) -> torch.Tensor:

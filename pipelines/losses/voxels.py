@@ -14,6 +14,7 @@ import torch
 from monai.utils import convert_to_tensor
 from torch.nn import functional as F
 
+from pipelines.losses.processes import summed_over_processes
 from transforms.errors import BundleError, DataError
 
 ACTIVATIONS = ("softmax", "sigmoid")
@@ -34,9 +35,10 @@ class Voxels:
     kept: torch.Tensor
 
     def mean_over_kept(self, values: torch.Tensor) -> torch.Tensor:
-        """Average ``values`` (B, *spatial) over the kept voxels; 0, with zero gradient, if there is none."""
+        """Average ``values`` (B, *spatial) over the kept voxels of all processes; 0, with zero gradient, if none."""
         kept = self.kept[:, 0]
-        return (values * kept).sum() / kept.sum().clamp(min=1)
+        total, count = summed_over_processes(torch.stack([(values * kept).sum(), kept.sum()])).unbind()
+        return total / count.clamp(min=1)
 
 
 def prepare_voxels(
