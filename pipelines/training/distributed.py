@@ -6,9 +6,11 @@ Files are written by the main process alone. Everything here also works, and doe
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_PORT = 29500
 # Longer than the main process may take to write a run's folder, shorter than a night.
 PATIENCE = timedelta(hours=2)
+# A thread of gloo lets go of the tensors of an exchange a moment after it; where Python is gone by then, it aborts.
+MOMENT = 0.2  # seconds
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ def join_processes(device_name: str) -> None:
             str(problem).splitlines()[0],
             "check that the port is free and the node can be reached; set MASTER_PORT to another",
         ) from problem
+    atexit.register(time.sleep, MOMENT)
     if not is_main_process():
         logging.getLogger().setLevel(logging.WARNING)
 

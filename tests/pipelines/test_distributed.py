@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_worker import PLAN
+from distributed_worker import PLAN, mean_over_samples
 from distributed_worker import validation as validate_alone
 from monai.utils import set_determinism
 from safetensors.torch import load_file
@@ -83,7 +83,7 @@ def several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
     """The training of the scenario ``train`` in this process alone."""
-    run = small_run(tmp_path_factory.mktemp("of1"), cases=validation_cases(2), plan=PLAN)
+    run = small_run(tmp_path_factory.mktemp("of1"), cases=validation_cases(2), plan=PLAN, loss=mean_over_samples)
     run.run()
     set_determinism(None)
     return run
@@ -163,7 +163,9 @@ def test_one_process_is_asked_to_stop_and_all_save_and_go_on_bit_for_bit(several
     assert all(
         result["states"] == ["state-00-000000004.safetensors", "state-00-000000006.safetensors"] for result in results
     )
-    assert all(result["same"] for result in results)
+    # a resumed process puts the gradients into buckets anew; in which order three of them are added is then another one
+    limit = 0 if len(results) == 2 else 1e-6
+    assert all(result["difference"] <= limit for result in results)
     assert steps_in(several / "interrupted" / "run" / "tensorboard") == list(range(1, 17))
 
 
