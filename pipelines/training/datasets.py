@@ -131,6 +131,8 @@ class PatchDataset(Dataset):
             case = self.cases[int(draw.integers(len(self.cases)))]
             try:
                 item = self._sample(case, draw)
+            except MemoryError:  # not the case's fault
+                raise
             except Exception as problem:
                 name = str(case.values["case"])
                 reason = find_error(problem) or problem

@@ -186,15 +186,6 @@ def any_process(flag: bool, device: torch.device | str = "cpu") -> bool:
     return bool(box.item())
 
 
-def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """Return the mean of ``values`` over the processes, elementwise."""
-    if world_size() == 1:
-        return values
-    total = values.clone()
-    dist.all_reduce(total)
-    return total / world_size()
-
-
 def wait_for_all() -> None:
     """Wait until every process is here."""
     if world_size() > 1:

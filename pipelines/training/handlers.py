@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from pipelines.progress import on_terminal
 from pipelines.training.checkpoints import save_weights
-from pipelines.training.distributed import is_main_process, mean_over_processes
+from pipelines.training.distributed import from_every_process, is_main_process
 from pipelines.training.faults import NonFiniteSteps
 from transforms.errors import BundleError
 
@@ -238,10 +238,11 @@ class AverageLoss:
         self._count += 1
 
     def _compute(self, engine: Engine) -> None:
-        if self._count:
-            names = sorted(self._sums)
-            means = mean_over_processes(torch.stack([self._sums[name].double() for name in names]) / self._count)
-            engine.state.metrics.update(zip(names, means.tolist(), strict=True))
+        # every process takes part, also one whose steps were all left out
+        shares = from_every_process(({name: float(total) for name, total in self._sums.items()}, self._count))
+        count = sum(number for _, number in shares)
+        for name in sorted({name for sums, _ in shares for name in sums}):
+            engine.state.metrics[name] = sum(sums.get(name, 0.0) for sums, _ in shares) / count
 
 
 class ReportProgress:

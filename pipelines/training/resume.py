@@ -64,7 +64,7 @@ def open_run(
             "leave out --resume to start one, or name it with --run_name",
         )
     folder = found or create_run(runs_dir, bundle, name, ready)
-    lock(folder)
+    lock(folder, patience_s=10.0 if found else 0.0)  # workers of a killed run may hold its lock for some seconds
     from_main_process(str(folder))
     return folder
 
@@ -102,7 +102,7 @@ def _finished(run: Path) -> bool:
     return "outcome" in _record(run)
 
 
-def lock(folder: Path) -> None:
+def lock(folder: Path, patience_s: float = 0.0) -> None:
     """Keep every other process out of a run until ``release``, or until this process ends.
 
     Raises:
@@ -112,7 +112,7 @@ def lock(folder: Path) -> None:
         return
     held = FileLock(folder / ".lock")
     try:
-        held.acquire(timeout=0)
+        held.acquire(timeout=patience_s)
     except Timeout:
         raise UsageError(
             f"run {folder} is being trained by another process",

@@ -27,7 +27,14 @@ from pipelines.files import sweep_temporaries
 from pipelines.networks.memory_layout import lay_out_channels_last
 from pipelines.training.board import hyper_parameters_of
 from pipelines.training.checkpoints import load_weights, read_header
-from pipelines.training.distributed import any_process, from_every_process, is_main_process, rank, wait_for_all
+from pipelines.training.distributed import (
+    any_process,
+    from_every_process,
+    from_main_process,
+    is_main_process,
+    rank,
+    wait_for_all,
+)
 from pipelines.training.engines import PhaseEngine, phase_engine
 from pipelines.training.faults import explained
 from pipelines.training.handlers import optimizer_steps_now
@@ -37,7 +44,7 @@ from pipelines.training.resume import release
 from pipelines.training.run_folder import extend_record
 from pipelines.training.schedule import polynomial_with_warmup
 from pipelines.training.signals import stop_signals
-from pipelines.training.state import RandomState, newest_state, restore_parts, tree_of, write_state
+from pipelines.training.state import RandomState, newest_state, read_state, restore_parts, tree_of, write_state
 from pipelines.training.tracking import MlflowLog
 from transforms.errors import BundleError, InterruptedRun
 
@@ -154,7 +161,8 @@ class TrainingRun:
             )
         try:
             engine = self._run_phases()
-            self._write_outcome(engine, hyper_parameters)
+            with explained({}, ""):  # a full disk
+                self._write_outcome(engine, hyper_parameters)
         except BaseException:
             if self.mlflow is not None:
                 self.mlflow.finish({}, status="FAILED")
@@ -173,9 +181,7 @@ class TrainingRun:
             self._learning(phase)  # a mistake in the last phase must not show only when the others are trained
         if is_main_process():
             sweep_temporaries(self.run_dir)
-        found = newest_state(self.states)
-        wait_for_all()  # nobody trains on, and writes, before everybody has read
-        tree = found[1] if found else None
+        tree = self._newest_tree()
         first = 0
         engine: PhaseEngine
         if tree is not None:
@@ -192,6 +198,14 @@ class TrainingRun:
             self._train(engine, phase, number)
             self._conclude(engine, phase, number)
         return engine
+
+    def _newest_tree(self) -> dict[str, Any] | None:
+        """Return the newest state that the main process can read: all processes have to go on from the same one."""
+        found = newest_state(self.states) if is_main_process() else None
+        path = from_main_process(str(found[0]) if found else "")
+        tree = found[1] if found else read_state(path) if path else None
+        wait_for_all()  # nobody trains on, and writes, before everybody has read
+        return tree
 
     @property
     def states(self) -> Path:
@@ -306,6 +320,7 @@ class TrainingRun:
                     interrupt()
 
             def interrupt() -> NoReturn:
+                wait_for_all()  # a launcher stops the others soon after the first has left: the main process writes yet
                 raise InterruptedRun(
                     f"run {self.run_dir.name}: asked to stop ({asked.name or 'another process'})",
                     f"its state is saved, in epoch {trainer.state.epoch}, after {trainer.state.iteration} steps",

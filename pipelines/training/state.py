@@ -142,6 +142,16 @@ def write_state(folder: str | Path, phase: int, iteration: int, tree: Mapping[st
     return path
 
 
+def read_state(path: str | Path) -> dict[str, Any]:
+    """Return the tree of a state file.
+
+    Raises:
+        BundleError: the file is damaged.
+    """
+    tensors, header = tensorfile.read_tensors(path)
+    return join_tensors(header["state"], tensors)
+
+
 def newest_state(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest state that can be read, or None where there is none.
 
@@ -151,11 +161,9 @@ def newest_state(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
     files = state_files(folder)
     for path in files:
         try:
-            tensors, header = tensorfile.read_tensors(path)
+            return path, read_state(path)
         except BundleError as damage:
             logger.warning("%s: %s; falling back to the state before it", damage.what, damage.why)
-            continue
-        return path, join_tensors(header["state"], tensors)
     if files:
         raise BundleError(
             f"{folder}: none of its {len(files)} states can be read", "all are damaged", "start a new run"

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_worker import PLAN, mean_over_samples
+from distributed_worker import PLAN
 from distributed_worker import validation as validate_alone
 from monai.utils import set_determinism
 from safetensors.torch import load_file
@@ -83,7 +83,7 @@ def several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
     """The training of the scenario ``train`` in this process alone."""
-    run = small_run(tmp_path_factory.mktemp("of1"), cases=validation_cases(2), plan=PLAN, loss=mean_over_samples)
+    run = small_run(tmp_path_factory.mktemp("of1"), cases=validation_cases(2), plan=PLAN)
     run.run()
     set_determinism(None)
     return run
