@@ -60,7 +60,7 @@ class ResourceError(FiducialError):
     exit_code = 5
 
 
-class InterruptedRun(FiducialError):
+class InterruptedRun(FiducialError):  # noqa: N818 - somebody asked for it
     """A run was asked to stop, saved its state and can be resumed (exit code 75, "try again" of sysexits)."""
 
     exit_code = 75
