@@ -149,15 +149,12 @@ def test_a_run_never_enters_the_folder_of_another(
 def test_weights_of_another_architecture(
     trained: Path, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from safetensors.torch import load_file, save_file
+    from pipelines.tensorfile import read_tensors, write_tensors
 
-    from pipelines.training import read_header
-
-    weights = trained / "checkpoints" / "best.safetensors"
-    header = read_header(weights)
+    tensors, header = read_tensors(trained / "checkpoints" / "best.safetensors")
     header["contract"]["filters"] = [8, 16, 32]
     planted = tmp_path / "planted.safetensors"
-    save_file(load_file(weights), planted, metadata={"fiducial": json.dumps(header)})
+    write_tensors(planted, tensors, header)
     given = ["--manifest", str(cohort), "--checkpoint", str(planted), "--output_dir", str(tmp_path / "out")]
     assert main(["evaluate", str(BUNDLE), *given]) == 4
     message = capsys.readouterr().err
