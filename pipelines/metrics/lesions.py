@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
+from pipelines.metrics.distances import Components, covered_components
 from transforms.errors import DataError, UsageError
 
 
@@ -56,15 +56,25 @@ def lesion_detection(
             f"connectivity is 1 to {ndim} in {ndim}D (or None for all), minimum_overlap is 0 to 1",
             "correct the argument",
         )
-    structure = ndimage.generate_binary_structure(ndim, connectivity or ndim)
     predicted_mask, reference_mask = _as_mask(prediction, "prediction"), _as_mask(reference, "reference")
-    reference_sizes, found = _covered_components(reference_mask, predicted_mask, structure, minimum_overlap)
-    _, confirmed = _covered_components(predicted_mask, reference_mask, structure, minimum_overlap)
+    return detection_scores(
+        covered_components(reference_mask, predicted_mask, connectivity),
+        covered_components(predicted_mask, reference_mask, connectivity),
+        spacing_mm,
+        minimum_overlap,
+    )
+
+
+def detection_scores(
+    reference: Components, predicted: Components, spacing_mm: Sequence[float], minimum_overlap: float = 0.1
+) -> dict[str, float | int | None]:
+    """Return what :func:`lesion_detection` returns, from the components of the two masks."""
+    found, confirmed = _detected(reference, minimum_overlap), _detected(predicted, minimum_overlap)
     sensitivity = float(found.mean()) if found.size else None
     precision = float(confirmed.mean()) if confirmed.size else None
     largest_missed_ml = None
-    if ndim == 3 and found.size:
-        largest_missed_ml = float(reference_sizes[~found].max(initial=0) * np.prod(spacing_mm) / 1000)
+    if len(spacing_mm) == 3 and found.size:
+        largest_missed_ml = float(reference.sizes[~found].max(initial=0) * np.prod(spacing_mm) / 1000)
     return {
         "n_reference": int(found.size),
         "n_predicted": int(confirmed.size),
@@ -103,15 +113,9 @@ def _as_mask(array: NDArray[Any], name: str) -> NDArray[np.bool_]:
     return mask
 
 
-def _covered_components(
-    mask: NDArray[np.bool_], other: NDArray[np.bool_], structure: NDArray[np.bool_], minimum_overlap: float
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Return the size in voxels of each component of ``mask`` and whether ``other`` covers enough of it."""
-    components, n = ndimage.label(mask, structure)
-    sizes = np.bincount(components.ravel(), minlength=n + 1)[1:]
-    covered = np.bincount(components[other], minlength=n + 1)[1:]
+def _detected(components: Components, minimum_overlap: float) -> NDArray[np.bool_]:
     # A quotient is rounded correctly: 7 of 100 equals 0.07. The product 0.07 * 100 is 7.000000000000001.
-    return sizes, (covered > 0) & (covered / sizes >= minimum_overlap)
+    return (components.covered > 0) & (components.covered / components.sizes >= minimum_overlap)
 
 
 def _f1(sensitivity: float | None, precision: float | None) -> float | None:

@@ -9,10 +9,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
+from monai.metrics import (
+    compute_average_surface_distance,
+    compute_dice,
+    compute_hausdorff_distance,
+    compute_iou,
+    compute_surface_dice,
+)
 from scipy import ndimage
 
-from pipelines.metrics.segmentation import crop_to_joint_box, segmentation_metrics
+from pipelines.metrics import distances
+from pipelines.metrics.segmentation import DEFINITIONS, crop_to_joint_box, segmentation_metrics
 from transforms.errors import DataError, UsageError
 
 SPACING = (1.0, 2.0, 3.0)
@@ -197,3 +204,152 @@ def test_refuses_a_table_without_foreground_and_a_negative_tolerance() -> None:
         segmentation_metrics(np.zeros((4, 4)), np.zeros((4, 4)), (1, 1), {0: "background"})
     with pytest.raises(UsageError):
         compare(np.zeros((4, 4)), np.zeros((4, 4)), (1, 1), nsd_tolerance_mm=-1)
+
+
+@pytest.fixture(params=["compiled", "numpy"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test with the compiled kernels and without."""
+    if request.param == "numpy":
+        monkeypatch.setattr(distances, "HAVE_NUMBA", False)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize(("seed", "shape", "spacing"), [(0, (12, 14, 11), (0.9, 1.0, 2.5)), (3, (24, 31), (0.7, 1.3))])
+def test_every_distance_equals_monai(seed: int, shape: tuple[int, ...], spacing: tuple[float, ...]) -> None:
+    prediction, reference = blobs(seed, shape, 2), blobs(seed + 1, shape, 2)
+    tolerances = (1.0, 0.0, 2.5)
+    rows = segmentation_metrics(prediction, reference, spacing, {1: "a", 2: "b"}, tolerances)
+    y_pred, y = (torch.from_numpy(np.stack([m == 1, m == 2]))[None] for m in (prediction, reference))
+    options = {"include_background": True, "spacing": spacing}
+    expected = {
+        "iou": compute_iou(y_pred, y),
+        "hd_mm": compute_hausdorff_distance(y_pred, y, **options),
+        "hd95_mm": compute_hausdorff_distance(y_pred, y, percentile=95, **options),
+        "asd_mm": compute_average_surface_distance(y_pred, y, **options),
+        "assd_mm": compute_average_surface_distance(y_pred, y, symmetric=True, **options),
+    }
+    for key, tolerance in zip(("nsd", "nsd_0mm", "nsd_2.5mm"), tolerances, strict=True):
+        expected[key] = compute_surface_dice(y_pred, y, [tolerance] * 2, use_subvoxels=True, **options)
+    for key, values in expected.items():
+        assert [row[key] for row in rows] == pytest.approx(values[0].tolist(), abs=1e-6), key
+
+
+# 64 voxels each, 48 shared: IoU 48 / 80; the union of the two bands of edge voxels is all but the 4 (2 x 2 x 2 each, at
+# positions 3, 4 and 4, 5 along the axis) inner voxels of either, which the other band covers half of.
+def test_overlap_of_a_shifted_box() -> None:
+    reference = box((8, 8, 8), (2, 6), (2, 6), (2, 6))
+    row = compare(np.roll(reference, 1, 0), reference, boundary_width_mm=0.0)
+    assert row["iou"] == 48 / 80
+    assert row["precision"] == row["recall"] == 0.75
+    assert row["volume_similarity"] == 1.0
+    # Layers of 16: 2 (R), 3 (edge of R 12, of P 16), 4 (12 and 12), 5 (16 and 12), 6 (P).
+    assert row["boundary_iou"] == pytest.approx((12 + 12 + 12) / (16 + 16 + 12 + 16 + 16))
+
+
+@pytest.mark.usefixtures("path")
+def test_precision_recall_and_volume_similarity_of_a_part() -> None:
+    row = compare(box((8, 8, 8), (2, 4), (2, 6), (2, 6)), box((8, 8, 8), (2, 6), (2, 6), (2, 6)))
+    assert (row["precision"], row["recall"], row["volume_similarity"]) == (1.0, 0.5, pytest.approx(1 - 32 / 96))
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("definition", DEFINITIONS)
+def test_policies_for_empty_masks(definition: str) -> None:
+    shape, spacing, diagonal_mm = (4, 3, 4), (3.0, 4.0, 4.0), math.sqrt(544)
+    nothing, something = np.zeros(shape, int), box(shape, (1, 2), (1, 2), (1, 2))
+    worst = dict.fromkeys(("dice", "iou", "precision", "recall", "volume_similarity", "nsd", "boundary_iou"), 0.0)
+    worst |= dict.fromkeys(("hd_mm", "hd95_mm", "asd_mm", "assd_mm"), pytest.approx(diagonal_mm))
+    best = {key: 1.0 if value == 0.0 else 0.0 for key, value in worst.items()}
+    best |= dict.fromkeys(("hd_mm", "hd95_mm", "asd_mm", "assd_mm"), 0.0)
+    none = dict.fromkeys(worst)
+    expected = {"worst": (worst, none), "perfect": (worst, best), "exclude": (none, none)}
+    for policy, (one_sided, both_empty) in expected.items():
+        options = {"empty_policy": policy, "definition": definition}
+        for prediction, reference, status, values in (
+            (nothing, something, "missed", one_sided),
+            (something, nothing, "false_alarm", one_sided),
+            (nothing, nothing, "empty", both_empty),
+        ):
+            row = compare(prediction, reference, spacing, **options)
+            assert row["status"] == status
+            assert {key: row[key] for key in values} == values
+
+
+@pytest.mark.usefixtures("path")
+def test_keys_do_not_depend_on_status_policy_or_definition() -> None:
+    nothing, something = np.zeros((6, 6, 6), int), box((6, 6, 6), (1, 4), (1, 4), (1, 4))
+    keys = list(compare(something, something, nsd_tolerance_mm=(1, 2)))
+    for definition in DEFINITIONS:
+        for prediction in (nothing, something):
+            options = {"definition": definition, "empty_policy": "exclude", "nsd_tolerance_mm": (1, 2)}
+            assert list(compare(prediction, something, **options)) == keys
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("definition", DEFINITIONS)
+def test_a_stack_of_overlapping_masks_is_one_comparison_per_channel(definition: str) -> None:
+    predictions, references = (np.stack([blobs(seed + k, (9, 8, 10)) for k in range(3)]) for seed in (0, 10))
+    labels = {0: "whole", 2: "core"}
+    rows = segmentation_metrics(
+        predictions, references, SPACING, labels, multilabel=True, definition=definition, threads=2
+    )
+    assert [row["label"] for row in rows] == ["whole", "core"]
+    for channel, row in zip(labels, rows, strict=True):
+        alone = compare(predictions[channel], references[channel], definition=definition)
+        assert list(row.values())[2:] == pytest.approx(list(alone.values())[2:], rel=1e-12)
+
+
+@pytest.mark.usefixtures("path")
+def test_outside_of_the_evaluation_mask_is_background() -> None:
+    prediction, reference = blobs(1, (10, 9, 8), 2), blobs(2, (10, 9, 8), 2)
+    mask = np.random.default_rng(0).random(reference.shape) < 0.7
+    labels = {1: "a", 2: "b"}
+    cut = segmentation_metrics(prediction * mask, reference * mask, SPACING, labels)
+    assert segmentation_metrics(prediction, reference, SPACING, labels, evaluation_mask=mask) == cut
+    unknown = np.where(mask, reference, 255).astype(np.uint8)
+    assert segmentation_metrics(prediction, unknown, SPACING, labels, ignore_label=255) == cut
+    half = np.indices(mask.shape)[0] < 5
+    both = segmentation_metrics(prediction, unknown, SPACING, labels, ignore_label=255, evaluation_mask=half)
+    assert both == segmentation_metrics(prediction, reference, SPACING, labels, evaluation_mask=mask & half)
+
+
+def test_memory_order_and_threads_change_nothing() -> None:
+    prediction, reference = blobs(1, (10, 9, 80), 2), blobs(2, (10, 9, 80), 2)
+    labels = {1: "a", 2: "b"}
+    expected = segmentation_metrics(prediction, reference, SPACING, labels, threads=1)
+    assert segmentation_metrics(prediction, reference, SPACING, labels, threads=3) == expected
+    for first in (np.asfortranarray(prediction), prediction):
+        rows = segmentation_metrics(first, np.asfortranarray(reference), SPACING, labels)
+        for row, other in zip(rows, expected, strict=True):
+            assert list(row.values())[2:] == pytest.approx(list(other.values())[2:], rel=1e-12)
+
+
+def test_only_what_is_asked_for() -> None:
+    reference = box((6, 6, 6), (1, 4), (1, 4), (1, 4))
+    row = compare(reference, reference, groups=("nsd",))
+    assert {"nsd", "dice", "volume_error_ml"} <= set(row)
+    assert not {"hd95_mm", "boundary_iou", "lesion_f1"} & set(row)
+
+
+def test_refusals_name_what_is_wrong() -> None:
+    mask, stack = np.zeros((4, 4, 4), int), np.zeros((2, 4, 4, 4), int)
+    for options, match in (
+        ({"definition": "mesh"}, "definition 'mesh'"),
+        ({"empty_policy": "nan"}, "empty_policy 'nan'"),
+        ({"groups": ("hd95",)}, "group 'hd95'"),
+        ({"nsd_tolerance_mm": ()}, "tolerance"),
+        ({"boundary_width_mm": -1.0}, "boundary width"),
+        ({"ignore_label": 1}, "ignore_label 1"),
+    ):
+        with pytest.raises(UsageError, match=match):
+            compare(mask, mask, **options)
+    with pytest.raises(UsageError, match="channels 0 to 1"):
+        segmentation_metrics(stack, stack, SPACING, {2: "c"}, multilabel=True)
+    with pytest.raises(UsageError, match="ignore_label"):
+        segmentation_metrics(stack, stack, SPACING, {1: "b"}, multilabel=True, ignore_label=3)
+    with pytest.raises(DataError, match="as many channels"):
+        segmentation_metrics(stack, stack[:1], SPACING, {0: "a"}, multilabel=True)
+    with pytest.raises(DataError, match="channel 0, is not a mask"):
+        segmentation_metrics(stack + 2, stack, SPACING, {0: "a"}, multilabel=True)
+    with pytest.raises(DataError, match="evaluation mask does not fit"):
+        compare(mask, mask, evaluation_mask=np.ones((4, 4), int))
