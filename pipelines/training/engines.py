@@ -42,6 +42,38 @@ from transforms.errors import BundleError
 
 
 @dataclass(frozen=True)
+class EngineSettings:
+    """What the engines of all phases of a run have in common.
+
+    Attributes:
+        device, inferer: of a training step.
+        precision: from ``choose_precision``; fp16 trains with scaled gradients.
+        clip_norm: largest total norm of the gradient.
+        compiled: run the network through ``torch.compile``.
+        validator: validates the averaged network; None = no validation cases.
+        metrics: of the validator, by name.
+        validation_interval: epochs.
+        min_delta: what counts as an improvement of the validator's metric.
+        colours: ``#rrggbb`` per label id, for the overlays.
+        labels: name per label id, for the precision-recall curves.
+        handlers: further ignite handlers of the bundle.
+    """
+
+    device: torch.device
+    inferer: Inferer
+    precision: str
+    clip_norm: float
+    compiled: bool
+    validator: SupervisedEvaluator | None
+    metrics: Mapping[str, Metric]
+    validation_interval: int
+    min_delta: float
+    colours: Mapping[int, str]
+    labels: Mapping[int, str]
+    handlers: Sequence[Any]
+
+
+@dataclass(frozen=True)
 class PhaseEngine:
     """A trainer and what belongs to it.
 
@@ -91,6 +123,7 @@ class Validate(ValidationHandler):
 def phase_engine(
     phase: Phase,
     number: int,
+    settings: EngineSettings,
     *,
     network: torch.nn.Module,
     average: AveragedModel,
@@ -102,25 +135,14 @@ def phase_engine(
     tensorboard: Path,
     batches: Path,
     header: Mapping[str, Any],
-    colours: Mapping[int, str],
-    labels: Mapping[int, str],
-    device: torch.device,
-    inferer: Inferer,
-    precision: str,
-    clip_norm: float,
-    compiled: bool,
-    validator: SupervisedEvaluator | None,
-    metrics: Mapping[str, Metric],
-    validation_interval: int,
-    min_delta: float,
     mlflow: MlflowLog | None = None,
-    handlers: Sequence[Any] = (),
 ) -> PhaseEngine:
     """Return the engine of one phase: schedule, clipping, average, validation, checkpoints, log.
 
     Args:
         phase: what learns, how long.
         number: of the phase in its run, from 0.
+        settings: of the run.
         average: ``averaged_network(network, decay)``; validated and saved in place of the network.
         loss: on logits, with ``last_terms`` for the log.
         loader: of ``patch_loader``.
@@ -128,16 +150,10 @@ def phase_engine(
         tensorboard: folder of the log.
         batches: folder for batches whose loss is not finite.
         header: what the weights' header says besides epoch and metric (must hold the ``contract``).
-        colours: ``#rrggbb`` per label id, for the overlays.
-        labels: name per label id, for the precision-recall curves.
-        precision: from ``choose_precision``; fp16 trains with scaled gradients.
-        compiled: run the network through ``torch.compile``.
-        validator: validates ``average.module`` every ``validation_interval`` epochs; None = no validation cases.
-        metrics: of the validator, by name.
         mlflow: a second log, of the whole run; None = TensorBoard alone.
-        handlers: further ignite handlers of the bundle.
     """
-    keeper = KeepCheckpoints(checkpoints, average.module, dict(header), validator, min_delta)
+    validator = settings.validator
+    keeper = KeepCheckpoints(checkpoints, average.module, dict(header), validator, settings.min_delta)
     non_finite = NonFiniteSteps(batches, network, header)
     losses = AverageLoss()
     bad_cases = CountBadCases()
@@ -157,14 +173,14 @@ def phase_engine(
         SeedEpoch(loader.dataset, number),
         bad_cases,
         non_finite,
-        ClipGradients(clip_norm, non_finite),
+        ClipGradients(settings.clip_norm, non_finite),
         FollowOptimizer(scheduler, network, average),
         losses,
     ]
     if validator is not None:
-        standard.append(Validate(validator, validation_interval, metrics))
+        standard.append(Validate(validator, settings.validation_interval, settings.metrics))
     standard.append(keeper)
-    board = TensorBoardLog(tensorboard, rates, validator, colours, labels, active=is_main_process())
+    board = TensorBoardLog(tensorboard, rates, validator, settings.colours, settings.labels, active=is_main_process())
     parts["board"] = board
     standard += [board, ReportProgress(validator, rates)]
     if mlflow is not None:
@@ -177,19 +193,19 @@ def phase_engine(
         parts["stop_early"] = stop_early
         standard.append(stop_early)
     trainer = FaultTolerantTrainer(
-        device=device,
+        device=settings.device,
         max_epochs=phase.max_epochs,
         train_data_loader=loader,
         network=shared_network(network),
         optimizer=optimizer,
         loss_function=loss,
-        inferer=inferer,
+        inferer=settings.inferer,
         accumulation_steps=phase.accumulation_steps,
         optim_set_to_none=True,
-        amp=precision == "fp16",
-        compile=compiled,
+        amp=settings.precision == "fp16",
+        compile=settings.compiled,
         decollate=False,
-        train_handlers=[*standard, *handlers],
+        train_handlers=[*standard, *settings.handlers],
     )
     parts["scaler"] = ScalerState(trainer)
     own: dict[str, Stateful] = {"losses": losses, "bad_cases": bad_cases}
@@ -218,7 +234,9 @@ def shared_network(network: torch.nn.Module) -> torch.nn.Module:
     if world_size() == 1:
         return network
     device = local_device()
-    return DistributedDataParallel(network, device_ids=None if device is None else [device])
+    devices = None if device is None else [device]
+    # else it groups the gradients anew after its first step: a resumed run would add them up in another order
+    return DistributedDataParallel(network, device_ids=devices, find_unused_parameters=True)
 
 
 def validator_or_none(evaluator: Engine, dataset: Any) -> Engine | None:

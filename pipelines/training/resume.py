@@ -32,6 +32,7 @@ MAY_DIFFER = frozenset(
 )
 KINDS = ("config", "manifest", "code", "versions", "machine")
 RECORDED_AS = {"manifest": "manifest_digest", "code": "code_digest", "versions": "versions", "machine": "machine"}
+SHOWN = 60  # characters of a value in a message
 _LOCKS: dict[Path, FileLock] = {}  # of the runs that this process is in; the system lets go of them when it dies
 
 
@@ -186,9 +187,14 @@ def setup_differences(
 
 
 def _flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, ``{a: {b: 1}}`` as ``{a#b: 1}``, so that a difference has a short name."""
+    """Return nested values as one mapping, ``{a: {b: 1}}`` as ``{a#b: 1}``, so that a difference has a short name.
+
+    Lists that are too long for a message are taken apart as well, by position.
+    """
     flat: dict[str, Any] = {}
     for key, value in config.items():
+        if isinstance(value, list) and len(str(value)) > SHOWN:
+            value = dict(enumerate(value))
         flat |= _flat(value, f"{above}{key}#") if isinstance(value, Mapping) and value else {f"{above}{key}": value}
     return flat
 
@@ -203,4 +209,4 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,10 +34,11 @@ from pipelines.training.distributed import (
     rank,
     wait_for_all,
 )
-from pipelines.training.engines import PhaseEngine, phase_engine
+from pipelines.training.engines import EngineSettings, PhaseEngine, phase_engine
 from pipelines.training.faults import explained
 from pipelines.training.handlers import optimizer_steps_now
 from pipelines.training.loaders import patch_loader
+from pipelines.training.outcome import figures_of, outcome_line, phase_outcome, run_outcome
 from pipelines.training.phases import Phase, optimizer_for, parameter_groups
 from pipelines.training.resume import release
 from pipelines.training.run_folder import extend_record
@@ -120,27 +120,27 @@ class TrainingRun:
         self.header = {**header, "precision": precision, "run": self.run_dir.name}
         self.validator, self.workers, self.state_interval = validator, int(workers), int(state_interval)
         self.sizes, self.knobs = dict(sizes or {}), knobs
-        self.engine_settings: dict[str, Any] = {
-            "colours": colours,
-            "labels": labels,
-            "device": device,
-            "inferer": inferer,
-            "precision": precision,
-            "clip_norm": clip_norm,
-            "compiled": compiled,
-            "validator": validator,
-            "metrics": metrics or {},
-            "validation_interval": validation_interval,
-            "min_delta": min_delta,
-            "handlers": handlers,
-        }
+        self.settings = EngineSettings(
+            device=device,
+            inferer=inferer,
+            precision=precision,
+            clip_norm=clip_norm,
+            compiled=compiled,
+            validator=validator,
+            metrics=metrics or {},
+            validation_interval=validation_interval,
+            min_delta=min_delta,
+            colours=colours,
+            labels=labels,
+            handlers=handlers,
+        )
         self.mlflow_uri = mlflow_uri
         self.mlflow: MlflowLog | None = None
         if channels_last:
             lay_out_channels_last(network)
         self.random = RandomState()
         self.outcomes: list[dict[str, Any]] = []
-        self.seconds_before = 0.0
+        self.minutes_before = 0.0
         self.started = time.monotonic()
 
     def run(self) -> None:
@@ -185,7 +185,7 @@ class TrainingRun:
         first = 0
         engine: PhaseEngine
         if tree is not None:
-            first, self.outcomes, self.seconds_before = int(tree["phase"]), list(tree["outcomes"]), tree["seconds"]
+            first, self.outcomes, self.minutes_before = int(tree["phase"]), list(tree["outcomes"]), tree["minutes"]
         for number in range(first, len(self.phases)):
             phase = self.phases[number]
             if number > 0 and (tree is None or number > first):
@@ -196,7 +196,9 @@ class TrainingRun:
             else:
                 engine.board.load_state_dict({"files": {}})  # what a run left that died before its first state
             self._train(engine, phase, number)
-            self._conclude(engine, phase, number)
+            outcome = phase_outcome(phase.name, engine, self.validator is not None)
+            self.outcomes.append(outcome)
+            logger.info(outcome_line(outcome, self._minutes()))
         return engine
 
     def _newest_tree(self) -> dict[str, Any] | None:
@@ -231,6 +233,7 @@ class TrainingRun:
         return phase_engine(
             phase,
             number,
+            self.settings,
             network=self.network,
             average=self.average,
             loss=loss,
@@ -242,7 +245,6 @@ class TrainingRun:
             batches=self.run_dir / "batches",
             header={**self.header, "phase": phase.name},
             mlflow=self.mlflow,
-            **self.engine_settings,
         )
 
     def _learning(self, phase: Phase) -> tuple[torch.nn.Module, torch.optim.Optimizer, LRScheduler]:
@@ -339,56 +341,23 @@ class TrainingRun:
         tree = {
             "phase": number,
             "iteration": int(state.iteration),
-            "seconds": self._seconds(),
+            "minutes": self._minutes(),
             "outcomes": self.outcomes,
             "own": own,
             "parts": tree_of(engine.parts),
         }
         write_state(self.states, number, int(state.iteration), tree)
 
-    def _conclude(self, engine: PhaseEngine, phase: Phase, number: int) -> None:
-        state, keeper = engine.trainer.state, engine.keeper
-        if state.iteration < 1:
-            raise BundleError(f"phase {phase.name} took no step", "0 steps", "correct its max_epochs and the data")
-        if self.validator is not None and not keeper.best_epoch:
-            raise BundleError(
-                f"phase {phase.name}: no validation was worth keeping",
-                f"the metric was never a number in {state.epoch} epochs, or val_interval is longer than the phase",
-                "look at the validation cases; shorten val_interval",
-            )
-        bad_cases: Counter[str] = sum(from_every_process(engine.bad_cases.counts), Counter())
-        self.outcomes.append(
-            {
-                "phase": phase.name,
-                "epochs": int(state.epoch),
-                "steps": int(state.iteration),
-                "best_metric": keeper.best_metric,
-                "best_epoch": keeper.best_epoch or None,
-                "skipped_steps": engine.non_finite.count,
-                "bad_cases": bad_cases,
-                "history": keeper.history,
-            }
-        )
-        best = (
-            f"best validation {keeper.best_metric:.4f} in epoch {keeper.best_epoch}"
-            if keeper.best_epoch
-            else "no validation"
-        )
-        logger.info("%s: trained %d epochs in %.1f min: %s", phase.name, state.epoch, self._seconds() / 60, best)
-
     def _write_outcome(self, engine: PhaseEngine, hyper_parameters: Mapping[str, Any]) -> None:
         if not is_main_process():
             return
-        outcome: dict[str, Any] = {**self.outcomes[-1], "minutes": round(self._seconds() / 60, 3)}
-        figures = {key: outcome[key] for key in ("best_metric", "best_epoch", "epochs", "steps", "minutes")}
-        figures = {key: float(value) for key, value in figures.items() if value is not None}
+        outcome = run_outcome(self.outcomes, self._minutes())
+        figures = figures_of(outcome)
         engine.board.hyper_parameters(hyper_parameters, figures)
         engine.board.close()
-        if len(self.outcomes) > 1:
-            outcome["phases"] = self.outcomes[:-1]
         extend_record(self.run_dir, {"outcome": outcome})
         if self.mlflow is not None:
             self.mlflow.finish(figures)
 
-    def _seconds(self) -> float:
-        return self.seconds_before + time.monotonic() - self.started
+    def _minutes(self) -> float:
+        return self.minutes_before + (time.monotonic() - self.started) / 60

@@ -277,3 +277,10 @@ def test_many_differences_are_counted(tmp_path: Path) -> None:
         refuse_other_setup(folder, config, RECORD)
     assert caught.value.why.endswith("and 3 more")
     assert "x" * 61 not in caught.value.why  # long values are cut
+
+
+def test_of_a_long_list_the_entry_that_differs_is_named(tmp_path: Path) -> None:
+    before = [{"name": f"phase{number}", "rates": {".*": 0.1}} for number in range(4)]
+    now = [*before[:3], {"name": "phase3", "rates": {".*": 0.2}}]
+    differences = setup_differences({"phases": before}, {"phases": now}, {}, {})
+    assert differences == {"config": ["phases#3#rates#.* was 0.1, now 0.2"]}
