@@ -78,8 +78,7 @@ def train_folds(bundle: str, folds: int, overrides: Mapping[str, Any], variants:
     cross = _cross_validation(bundle, "train", folds, overrides, variants)
     print(f"cross-validation {cross.name}: {folds} folds in {cross.runs}", flush=True)
     for fold in range(folds):
-        outcome = outcome_of(cross.run(fold))
-        if outcome is not None:
+        if outcome_of(cross.run(fold)) is not None:
             refuse_other_run(cross.run(fold), fold, cross.cohort)
             _refuse_other_settings(cross.run(fold), {**cross.config, "fold": fold})
             print(f"fold {fold}: run {cross.run(fold).name} is finished, nothing to do", flush=True)
@@ -124,7 +123,7 @@ def evaluate_folds(bundle: str, folds: int, overrides: Mapping[str, Any], varian
         gc.collect()
     rows = merge_folds(tables, {case.id: case.fold for case in cross.cohort.cases if case.split != "test"})
     write_per_case_csv(rows, folder / "metrics" / "per_case.csv")
-    summary = {"source": source, **summarise([_without_fold(row) for row in rows])}
+    summary = {"source": source, **summarise([row for table in tables.values() for row in table])}
     write_summary_json(summary, folder / "metrics" / "summary.json")
     print(
         f"out of fold: {summary['n_cases']} cases, results in {folder / 'metrics'}\n{format_table(summary)}", flush=True
@@ -214,7 +213,3 @@ def _cases(tables: Mapping[int, Iterable[Mapping[str, Any]]]) -> Iterator[tuple[
 
 def _misplaced(case: str, why: str) -> DataError:
     return DataError(f"case {case} out of fold", why, "import the cohort with --folds, and train every fold on it")
-
-
-def _without_fold(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key != "fold"}

@@ -27,10 +27,12 @@ _DAMAGED = "the file is damaged: take another checkpoint of the run"
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
     """Write ``tensors`` and ``header`` (JSON-able, no NaN), completely or not at all.
 
+    Only values are kept: tensors that share storage (views, tied weights) come back as tensors of their own.
+
     Raises:
         ResourceError: the disk is full, the folder read-only, or the file does not read back as it was written.
     """
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    stored = _apart(tensors)
     text = json.dumps(header, sort_keys=True, allow_nan=False)
     metadata = {HEADER_KEY: text, DIGEST_KEY: _digest(stored, text)}
 
@@ -77,6 +79,17 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
     if metadata[DIGEST_KEY] != _digest(tensors, text):
         raise BundleError(f"{path}: damaged", "its content is not what its digest says", _DAMAGED)
     return tensors, json.loads(text)
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return contiguous tensors on the CPU, no two in one storage: the library refuses those that overlap."""
+    apart, seen = {}, set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        apart[name] = value.clone() if storage in seen else value
+        seen.add(storage)
+    return apart
 
 
 def _in_order(content: bytes) -> bytes:

@@ -70,6 +70,11 @@ class AutocastInferer(Inferer):
         return self.inferer(inputs, in_reduced_precision, *args, **kwargs)
 
 
+def class_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Return probabilities (B, K, *spatial) float32 for logits: softmax over K, or sigmoid where K is 1."""
+    return torch.sigmoid(logits.float()) if logits.shape[1] == 1 else torch.softmax(logits.float(), dim=1)
+
+
 class FlipAveragingInferer(Inferer):
     """Class probabilities, averaged over mirrored copies of the image (test-time augmentation).
 
@@ -78,7 +83,7 @@ class FlipAveragingInferer(Inferer):
         axes: spatial axes that may be mirrored; every subset is used, so n axes cost 2^n passes. () = one pass.
 
     Returns:
-        Probabilities (B, K, *spatial) float32: softmax over K, or sigmoid where K is 1.
+        Probabilities (B, K, *spatial) float32, see ``class_probabilities``.
 
     Raises:
         BundleError: an axis named twice, or negative (it would count from the end and mirror channels).
@@ -96,9 +101,8 @@ class FlipAveragingInferer(Inferer):
         total: torch.Tensor | None = None
         for subset in subsets:
             dims = [axis + 2 for axis in subset]
-            logits = self.inferer(torch.flip(inputs, dims), network, *args, **kwargs).float()
-            single = torch.sigmoid(logits) if logits.shape[1] == 1 else torch.softmax(logits, dim=1)
-            single = torch.flip(single, dims)
+            logits = self.inferer(torch.flip(inputs, dims), network, *args, **kwargs)
+            single = torch.flip(class_probabilities(logits), dims)
             total = single if total is None else total.add_(single)
         assert total is not None  # the empty subset is always there
         return total / len(subsets)

@@ -84,9 +84,7 @@ def volumes(prediction: np.ndarray, spacing_mm: tuple[float, ...], labels: Mappi
     """Return per foreground label: id, name, voxels, volume in mL, number of components (joined by 26 neighbours)."""
     voxel_ml = float(np.prod(spacing_mm)) / 1000.0
     rows = []
-    for label, name in labels.items():
-        if label == 0:
-            continue
+    for label, name in _foreground(labels):
         mask = prediction == label
         _, components = ndimage.label(mask, structure=np.ones((3,) * mask.ndim))
         count = int(mask.sum())
@@ -101,14 +99,15 @@ def uncertainty_inside(
 ) -> list[dict[str, Any]]:
     """Return per foreground label: id, name, and the mean of each map over its voxels (None without a voxel)."""
     rows = []
-    for label, name in labels.items():
-        if label > 0:
-            inside = prediction == label
-            means = {
-                f"mean_{key}": float(m[inside].mean(dtype=float)) if inside.any() else None for key, m in maps.items()
-            }
-            rows.append({"id": label, "name": name, **means})
+    for label, name in _foreground(labels):
+        inside = prediction == label
+        means = {f"mean_{key}": float(m[inside].mean(dtype=float)) if inside.any() else None for key, m in maps.items()}
+        rows.append({"id": label, "name": name, **means})
     return rows
+
+
+def _foreground(labels: Mapping[int, str]) -> list[tuple[int, str]]:
+    return [(label, name) for label, name in labels.items() if label != 0]
 
 
 class SavePredictions:

@@ -16,6 +16,14 @@ from scipy.spatial.transform import Rotation
 from pipelines.phantoms.anatomy import Anatomy
 from transforms.errors import UsageError
 
+_SMALLEST_LOAD_ML = 0.2
+_CENTRE_WHITE = 0.8
+_ALLOWED_WHITE = 0.4
+_ALLOWED_CSF = 0.2
+_SMALLEST_ML = 0.03
+_EDGE_FRACTION = 0.6
+_CORE_FRACTION = (0.75, 1.0)
+
 
 @dataclass(frozen=True)
 class LesionPrior:
@@ -43,15 +51,6 @@ class LesionPrior:
             )
         if not 0 < self.t2_ms[0] <= self.t2_ms[1]:
             raise UsageError(f"lesion T2 {self.t2_ms} ms", "expected 0 < lower <= upper", "correct the bounds")
-
-
-_SMALLEST_LOAD_ML = 0.2
-_CENTRE_WHITE = 0.8
-_ALLOWED_WHITE = 0.4
-_ALLOWED_CSF = 0.2
-_SMALLEST_ML = 0.03
-_EDGE_FRACTION = 0.6
-_CORE_FRACTION = (0.75, 1.0)
 
 
 DEFAULT_LESIONS = LesionPrior()

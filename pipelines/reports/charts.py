@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,7 @@ class Chart:
     strips: Sequence[Strip] = ()
     lines: Sequence[Line] = ()
     x_name: str = ""
-    notes: Sequence[str] = field(default_factory=tuple)
+    notes: Sequence[str] = ()
 
 
 def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:

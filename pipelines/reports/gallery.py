@@ -104,17 +104,13 @@ def load_arrays(files: CaseFiles) -> CaseArrays:
             folders are called by names of patients sometimes, and a report travels.
     """
     image = _open(files.image, files.case, "image")
-    truth, prediction = (
-        _open(path, files.case, key) for key, path in (("reference", files.reference), ("prediction", files.prediction))
-    )
     voxels = np.nan_to_num(_volume(image, files.channel or 0, files.case, "image").astype(np.float32))
-    labels = [
-        _whole_numbers(_volume(source, 0, files.case, key))
-        for key, source in (("reference", truth), ("prediction", prediction))
-    ]
-    for key, label in zip(("reference", "prediction"), labels, strict=True):
+    labels = []
+    for key, path in (("reference", files.reference), ("prediction", files.prediction)):
+        label = _whole_numbers(_volume(_open(path, files.case, key), 0, files.case, key))
         if label.shape != voxels.shape:
             raise _unreadable(files.case, key, f"shape {label.shape}, the image has {voxels.shape}")
+        labels.append(label)
     if files.label_values:
         labels[0] = _with_ids(labels[0], files.label_values)
     orientation = nib.io_orientation(image.affine)

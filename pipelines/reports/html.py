@@ -14,15 +14,15 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from pipelines.reports.charts import Chart, distribution, training_charts
+from pipelines.reports.charts import distribution, training_charts
 from pipelines.reports.gallery import DIFFERENCES, PANEL_PX, PANELS, PlanePicture
 from pipelines.reports.paired import paired_panel
 from pipelines.reports.panels import Panel, panel_of
 from pipelines.reports.report_data import RunData
+from pipelines.reports.tables import summary_rows
 
 MOST_ROWS = 3000  # of the table of cases; a page with more is slow, and the CSV beside it has them all
 COUNTS = ("n", "n_missed", "n_false_alarm", "n_empty")
-MEAN_OVER_LABELS = "(mean over labels)"
 
 
 @dataclass(frozen=True)
@@ -79,20 +79,8 @@ def format_number(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     if isinstance(value, int) or value == 0:
-        return f"{value:g}" if isinstance(value, float) else str(value)
+        return str(int(value))
     return f"{value:.3f}" if 0.001 <= abs(value) < 10000 else f"{value:.3g}"
-
-
-def summary_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the summary as rows: label, metric, counts, mean, interval, median."""
-    sections = dict(summary["labels"])
-    if len(sections) > 1:
-        sections[MEAN_OVER_LABELS] = summary["mean_over_labels"]
-    return [
-        {"label": label, "metric": metric, **entry}
-        for label, metrics in sections.items()
-        for metric, entry in metrics.items()
-    ]
 
 
 def side_by_side(runs: Sequence[RunData]) -> dict[str, Any]:
@@ -118,9 +106,9 @@ def record_rows(record: Mapping[str, Any], summary: Mapping[str, Any] | None) ->
     outcome = record.get("outcome", {})
     machine = record.get("machine", {})
     pairs: list[tuple[str, Any]] = [
-        ("evaluated on", _words(source, ("cohort", "split", "fold", "folds"))),
+        ("evaluated on", _evaluated_on(summary)),
         ("digest of the evaluated data", source.get("manifest_digest")),
-        ("digest of the weights", _lines(source.get("weights_sha256"))),
+        ("digest of the weights", _listed(source.get("weights_sha256"))),
         ("trained on", record.get("cohort")),
         ("digest of the training data", record.get("manifest_digest")),
         ("seed", record.get("seed")),
@@ -154,6 +142,7 @@ def _context(number: int, run: Shown) -> dict[str, Any]:
         "data": data,
         "summary_rows": summary_rows(data.summary) if data.summary else [],
         "counts": COUNTS,
+        "evaluated_on": _evaluated_on(data.summary),
         "bootstrap": (data.summary or {}).get("bootstrap", {}),
         "distributions": [chart for chart in (distribution(m, data.rows) for m in data.metrics) if chart],
         "columns": ["case", "label", *(["status"] if data.rows and "status" in data.rows[0] else []), *data.metrics],
@@ -162,17 +151,13 @@ def _context(number: int, run: Shown) -> dict[str, Any]:
         "ranks": ranks,
         "gallery": run.gallery,
         "labels": [label for label in data.labels if label.get("id", 0) != 0],
-        "training": _training(data),
+        "training": training_charts(data.record.get("outcome", {})),
         "panels": panels,
         "record": record_rows(data.record, data.summary),
         "resumed": [_resumed(entry) for entry in data.record.get("resumed", [])],
         "preflight": panel_of("preflight", data.record["preflight"]) if "preflight" in data.record else None,
         "notes": [*data.notes, *run.notes, *notes],
     }
-
-
-def _training(data: RunData) -> list[tuple[str, list[Chart]]]:
-    return training_charts(data.record.get("outcome", {}))
 
 
 def _panels(data: RunData) -> tuple[list[Panel], list[str]]:
@@ -196,11 +181,15 @@ def _bad_cases(outcome: Mapping[str, Any]) -> str:
     return ", ".join(found) or "none"
 
 
+def _evaluated_on(summary: Mapping[str, Any] | None) -> str:
+    return _words((summary or {}).get("source", {}), ("cohort", "split", "fold", "folds"))
+
+
 def _words(values: Mapping[str, Any], keys: Sequence[str]) -> str:
     return ", ".join(f"{key} {format_number(values[key])}" for key in keys if values.get(key) is not None)
 
 
-def _lines(value: Any) -> str | None:
+def _listed(value: Any) -> str | None:
     return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 

@@ -54,11 +54,12 @@ def panel_of(name: str, content: Any) -> Panel:
     return Panel(file, str(content["title"]), text, tables, [chart for chart in charts if chart is not None])
 
 
-def calibration_panel(counts: Mapping[str, CalibrationCounts]) -> dict[str, Any]:
+def calibration_panel(counts: Mapping[str, CalibrationCounts], about: str = "") -> dict[str, Any]:
     """Return the content of ``metrics/calibration.json``: figures and reliability curve of every label.
 
     Args:
         counts: pooled over the cases, by label (``pipelines.metrics.calibration.pool_calibration``).
+        about: a sentence on which voxels were counted.
 
     Raises:
         UsageError: no label.
@@ -70,7 +71,7 @@ def calibration_panel(counts: Mapping[str, CalibrationCounts]) -> dict[str, Any]
     names = list(next(iter(figures.values())))
     return {
         "title": "Calibration",
-        "text": "How often a voxel is foreground, given its predicted probability; on the diagonal both agree.",
+        "text": f"How often a voxel has a label, given its probability; on the diagonal both agree. {about}".rstrip(),
         "charts": [
             {
                 "title": "reliability",

@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 Better = Literal["higher", "lower", "near zero"]
 
-_LOWER = re.compile(r"hd\d*|hausdorff|assd|asd|mae|mse|nrmse|rmse|brier|ece|distance|missed")
-_NEAR_ZERO = re.compile(r"error|difference|bias")
-_HIGHER = re.compile(
-    r"dice|iou|jaccard|nsd|f1|sensitivity|precision|recall|specificity|accuracy|auc|pq|sq|rq|aji|aji\+|ap|map|"
-    r"similarity|ssim|msssim|psnr|fsim|mi|nmi"
-)
+_WORDS: dict[Better, re.Pattern[str]] = {  # the first that knows a word decides
+    "near zero": re.compile(r"error|difference|bias"),
+    "lower": re.compile(r"hd\d*|hausdorff|assd|asd|mae|mse|nrmse|rmse|brier|ece|distance|missed"),
+    "higher": re.compile(
+        r"dice|iou|jaccard|nsd|f1|sensitivity|precision|recall|specificity|accuracy|auc|pq|sq|rq|aji|ap|map|"
+        r"similarity|ssim|msssim|psnr|fsim|mi|nmi"
+    ),
+}
 
 
 def better(metric: str) -> Better | None:
@@ -24,10 +26,7 @@ def better(metric: str) -> Better | None:
     words = re.split(r"[_\W]+", metric.lower())
     if any(word == "n" or word in ("tp", "fp", "fn") for word in words):
         return None
-    for pattern, direction in ((_NEAR_ZERO, "near zero"), (_LOWER, "lower"), (_HIGHER, "higher")):
-        if any(pattern.fullmatch(word) for word in words):
-            return direction  # type: ignore[return-value]
-    return None
+    return next((way for way, known in _WORDS.items() if any(known.fullmatch(word) for word in words)), None)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from transforms.errors import DataError, FiducialError, UsageError
 CASES_FILE = "cases.json"
 OWN_FILES = ("summary.json", CASES_FILE)
 """The JSON files in ``metrics/`` that have a section of their own; every other one becomes a panel."""
+SUMMARY_KEYS = ("n_cases", "n_subjects", "labels", "mean_over_labels")
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def load_run(folder: str | Path) -> RunData:
     """
     run, metrics_dir = _folders(Path(folder).resolve())
     notes: list[str] = []
-    summary = _read(metrics_dir / "summary.json") if (metrics_dir / "summary.json").is_file() else None
+    summary = _summary(metrics_dir / "summary.json") if (metrics_dir / "summary.json").is_file() else None
     rows = _rows(metrics_dir / "per_case.csv", notes) if summary else []
     metrics = metric_names(rows) if rows else []
     record = _optional(run / "record.json", "the run's record", notes)
@@ -133,6 +134,14 @@ def _folders(folder: Path) -> tuple[Path, Path]:
     )
 
 
+def _summary(path: Path) -> dict[str, Any]:
+    summary = _read(path)
+    lacking = [key for key in SUMMARY_KEYS if not isinstance(summary, Mapping) or key not in summary]
+    if lacking:
+        raise DataError(f"file {path}: no summary", f"it does not say {', '.join(lacking)}", "evaluate again")
+    return summary
+
+
 def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     if not path.is_file():
         notes.append("There is no per_case.csv beside summary.json: no table of cases, no distributions, no pictures.")
@@ -171,9 +180,15 @@ def _case_files(metrics_dir: Path, notes: list[str]) -> tuple[list[dict[str, Any
     cases: dict[str, CaseFiles] = {}
     for source in sources:
         content = _optional(source, "pictures of its cases", notes)
-        labels = labels or list(content.get("labels", []))
-        values = {int(value): int(label) for value, label in content.get("label_values", [])}
-        for case, entry in content.get("cases", {}).items():
+        try:
+            table = [{key: label[key] for key in ("id", "name", "colour")} for label in content.get("labels", [])]
+            values = {int(value): int(label) for value, label in content.get("label_values", [])}
+            entries = dict(content.get("cases", {}))
+        except (KeyError, TypeError, ValueError):
+            notes.append(f"{CASES_FILE} is damaged: pictures of its cases cannot be shown.")
+            continue
+        labels = labels or table
+        for case, entry in entries.items():
             try:
                 cases[case] = _files_of(case, entry, source.parent, values)
             except (KeyError, TypeError, ValueError):

@@ -6,7 +6,7 @@ from pipelines.training.datasets import PatchDataset, VolumeDataset, crop_with_m
 from pipelines.training.distributed import join_processes, leave_processes
 from pipelines.training.engines import device_of, training_inferer, validator_or_none
 from pipelines.training.ensembles import common_contract, load_members, refuse_seen_cases
-from pipelines.training.evaluation import CaseMetrics, ReportCases
+from pipelines.training.evaluation import CaseCalibration, CaseMetrics, ReportCases
 from pipelines.training.landmarks import read_landmarks
 from pipelines.training.phases import plan_phases
 from pipelines.training.results import find_checkpoint, find_weights, prediction_folder, results_folder, source_of
@@ -17,6 +17,7 @@ from pipelines.training.tracking import store_uri
 from pipelines.training.validation import ValidationDice
 
 __all__ = [
+    "CaseCalibration",
     "CaseMetrics",
     "PatchDataset",
     "ReportCases",

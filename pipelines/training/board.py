@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from ignite.engine.events import RemovableEventHandle
-from monai.data import MetaTensor
 from monai.engines.utils import IterationEvents
+from monai.utils import convert_to_tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from pipelines.inference.inferers import class_probabilities
 from pipelines.reports.overlay import most_labelled_slice, overlay_panels
 from pipelines.training.handlers import validated_metric
 from transforms.errors import DataError
@@ -191,8 +192,8 @@ class TensorBoardLog:
                 self.writer.add_image(tag, panels, evaluator.state.epoch, dataformats="HWC")
 
     def _count(self, evaluator: Engine) -> None:
-        probability = class_probabilities(_plain_tensor(evaluator.state.output["pred"]))
-        label = _plain_tensor(evaluator.state.output["label"])[:, 0]
+        logits, label = (convert_to_tensor(evaluator.state.output[key]) for key in ("pred", "label"))
+        probability, label = class_probabilities(logits), label[:, 0]
         channels = {value: 0 if probability.shape[1] == 1 else value for value in self.labels}
         try:
             counts = [binned_counts(probability[:, c], label == v, THRESHOLDS) for v, c in channels.items()]
@@ -223,11 +224,6 @@ class TensorBoardLog:
         raise exception  # an ignite engine takes an exception that has a handler for dealt with
 
 
-def class_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """Return probabilities (B, K, *spatial) float32 for logits: softmax over K, or sigmoid where K is 1."""
-    return torch.sigmoid(logits.float()) if logits.shape[1] == 1 else torch.softmax(logits.float(), dim=1)
-
-
 def binned_counts(probability: torch.Tensor, truth: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
     """Return exact counts (4, T) int64: true and false positives, true and false negatives at each threshold.
 
@@ -255,10 +251,6 @@ def binned_counts(probability: torch.Tensor, truth: torch.Tensor, thresholds: to
     at_least = histogram.flip(1).cumsum(1).flip(1)[:, 1:]
     (fp, tp), (negatives, positives) = at_least, histogram.sum(1)
     return torch.stack([tp, fp, negatives - fp, positives - tp])
-
-
-def _plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor
 
 
 def hyper_parameters_of(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
-from monai.data import MetaTensor
+from monai.utils import convert_to_tensor
 from torch import nn
 
 from pipelines import tensorfile
@@ -115,7 +115,7 @@ def save_batch(path: str | Path, batch: Mapping[str, Any], network: nn.Module, h
     Raises:
         ResourceError: it cannot be written.
     """
-    tensors = {BATCH + key: _plain(batch[key]) for key in KEYS if key in batch}
+    tensors = {BATCH + key: convert_to_tensor(batch[key]) for key in KEYS if key in batch}
     tensors |= {NETWORK + name: tensor for name, tensor in distinct_tensors(network).items()}
     tensorfile.write_tensors(path, tensors, {**header, "cases": [str(case) for case in batch.get("case", [])]})
 
@@ -259,7 +259,3 @@ def _not_finite(tensor: torch.Tensor) -> int:
 
 def _bad(tensor: torch.Tensor) -> bool:
     return not bool(torch.isfinite(tensor).all())
-
-
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.as_tensor() if isinstance(tensor, MetaTensor) else torch.as_tensor(tensor)

@@ -112,6 +112,23 @@ def test_an_ensemble_is_measured_on_the_test_split_only(folded: Path, capsys: py
     assert "uncertainty" not in about
 
 
+def test_an_evaluation_shows_how_well_its_probabilities_are_calibrated(folded: Path, tmp_path: Path) -> None:
+    given = ["--manifest", str(folded / "manifest.json"), "--run_name", "cv_fold0"]
+    assert command("evaluate", folded, *given, "--output_dir", str(tmp_path / "with")) == 0
+    panel = json.loads((tmp_path / "with" / "metrics" / "calibration.json").read_text())
+    (row,) = panel["tables"][0]["rows"]
+    figures = dict(zip(panel["tables"][0]["columns"], row, strict=True))
+    # of the one test case, the voxels of the block that is the head, 14 x 16 x 12; in it 3 x 4 x 3 of the lesion
+    assert (figures["label"], figures["n_voxels"]) == ("lesion", 14 * 16 * 12)
+    assert figures["prevalence"] == pytest.approx(36 / 2688)
+    assert 0 < figures["brier"] < 1
+    assert "reliability" in (tmp_path / "with" / "report" / "index.html").read_text()
+    assert command("evaluate", folded, *given, "--output_dir", str(tmp_path / "without"), "--calibration", "False") == 0
+    assert not (tmp_path / "without" / "metrics" / "calibration.json").exists()
+    for name in ("metrics/per_case.csv", "predictions/c.nii.gz"):
+        assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
+
+
 @pytest.fixture
 def scan(folded: Path, tmp_path: Path) -> Path:
     """Case c as another scanner stores it: axes turned to left-posterior-superior."""

@@ -22,11 +22,11 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 from torch import nn
 
+from pipelines.inference.inferers import class_probabilities
 from pipelines.training.board import (
     THRESHOLDS,
     TensorBoardLog,
     binned_counts,
-    class_probabilities,
     hyper_parameters_of,
 )
 from pipelines.training.validation import ValidationDice

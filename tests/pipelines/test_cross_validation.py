@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from pipelines import cross_validation
 from pipelines.cli import main
 from pipelines.cross_validation import evaluate_folds, merge_folds, train_folds
-from pipelines.manifests import Manifest, SplitPlan, import_folder, write_manifest
+from pipelines.manifests import Manifest, assign_folds, write_manifest
 from pipelines.reports.tables import read_per_case_csv, write_per_case_csv
 from pipelines.runner import bundle_parser
 from pipelines.training.folds import fold_run
@@ -65,17 +66,9 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
 @pytest.fixture
 def cohort(tiny_cohort: Manifest, tmp_path: Path) -> Manifest:
     """The tiny cohort with two folds: subjects s0 to s3, and s4 for the test."""
-    manifest = import_folder(
-        tiny_cohort.root,
-        {modality: f"{{subject}}/{modality}.nii.gz" for modality in ("flair", "t1")},
-        "{subject}/lesion.nii.gz",
-        {"brain": "{subject}/brain.nii.gz"},
-        ["1:lesion"],
-        name="folded",
-        licence="generated",
-        source="tests",
-        split=SplitPlan(test=("s4",), folds=2),
-    )
+    folds = assign_folds({f"s{number}": "" for number in range(4)}, 2)
+    cases = tuple(replace(case, fold=folds.get(case.subject)) for case in tiny_cohort.cases)
+    manifest = replace(tiny_cohort, name="folded", cases=cases, splits=replace(tiny_cohort.splits, folds=2))
     return write_manifest(manifest, tmp_path / "folded.json")
 
 

@@ -18,6 +18,10 @@ def full_disk(*_: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_it_writes_makes_folders_and_replaces(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "file.bin"
     write_atomically(path, b"old")
@@ -37,27 +41,25 @@ def test_a_full_disk_leaves_the_old_file_and_no_temporary(tmp_path: Path, monkey
     assert [file.name for file in tmp_path.iterdir()] == ["best.safetensors"]
 
 
-def test_a_failed_rename_leaves_the_old_file_and_no_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("where", "step", "failure", "raised"),
+    [(Path, "replace", full_disk, ResourceError), (os, "fsync", interrupted, KeyboardInterrupt)],
+)
+def test_a_failed_rename_or_an_interruption_leaves_the_old_file_and_no_temporary(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: Any,
+    step: str,
+    failure: Any,
+    raised: type[BaseException],
+) -> None:
     path = tmp_path / "file"
     write_atomically(path, b"old")
-    monkeypatch.setattr(Path, "replace", full_disk)
-    with pytest.raises(ResourceError):
+    monkeypatch.setattr(where, step, failure)
+    with pytest.raises(raised):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_an_interruption_leaves_the_old_file_and_no_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-    monkeypatch.setattr(os, "fsync", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert len(list(tmp_path.iterdir())) == 1
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_file_in_place_of_the_folder_is_three_lines_too(tmp_path: Path) -> None:

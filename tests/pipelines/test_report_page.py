@@ -19,8 +19,8 @@ from pipelines.reports import write_report
 from pipelines.reports.html import MOST_ROWS, format_number
 from pipelines.reports.panels import calibration_panel, panel_of
 from pipelines.reports.report_data import load_run
-from pipelines.reports.tables import read_per_case_csv
-from transforms.errors import DataError, UsageError
+from pipelines.reports.tables import format_table, read_per_case_csv
+from transforms.errors import UsageError
 
 NASTY = '<script>alert("1")</script>'
 
@@ -91,6 +91,12 @@ def test_the_numbers_are_those_of_the_summary(run: Path, page: Page) -> None:
         assert json.loads(row[8]["value"]) == entry["median"]
     assert shown["lesion", "dice"][3]["text"] == "1"  # one case was missed
     assert shown["lesion", "dice"][6]["text"] == "0.517"  # (1 + 2/3 + 0 + 2/5) / 4 = 0.51666...
+
+
+def test_the_table_of_the_terminal_names_its_interval(run: Path) -> None:
+    lines = format_table(json.loads((run / "metrics" / "summary.json").read_text())).splitlines()
+    assert "4 cases of 4 subjects; interval of the mean: BCa bootstrap, 50 resamples of subjects, seed 0." in lines
+    assert lines[1] == "-" * max(len(line) for line in lines[:-2])
 
 
 def test_the_cases_are_those_of_the_table(run: Path, page: Page) -> None:
@@ -181,64 +187,6 @@ def test_a_run_twice_or_no_run_is_refused(tmp_path: Path) -> None:
         write_report([run, run / "metrics"], tmp_path / "out")
     with pytest.raises(UsageError, match="no run"):
         write_report([tmp_path])
-
-
-def test_files_that_are_gone_or_damaged_are_named(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", {"p1": 0, "p2": 1, "p3": 2, "p4": 3})
-    data = tmp_path / "data"
-    (data / "run_0_image.nii.gz").unlink()
-    (data / "run_1_mask.nii.gz").write_bytes((data / "run_1_mask.nii.gz").read_bytes()[:60])
-    (data / "run_2_truth.nii.gz").write_bytes(b"no image")
-    page = Page(write_report([run]).read_text())
-    assert "No picture: case p1: its image is gone" in page.text
-    assert "No picture: case p2: its prediction cannot be shown" in page.text
-    assert "No picture: case p3: its reference cannot be shown" in page.text
-    assert sum((tag, name) == ("img", "src") for tag, name, _ in page.attributes) == 3
-    without = json.loads((run / "report" / "report.json").read_text())["runs"][0]["without_picture"]
-    assert sorted(without) == ["p1", "p2", "p3"]
-    assert str(tmp_path) not in page.text  # folders can be called by names of patients
-
-
-@pytest.mark.parametrize(
-    ("missing", "said"),
-    [
-        ("metrics/cases.json", "no cases.json beside the results"),
-        ("record.json", "no record.json: the run's record cannot be shown"),
-        ("metrics/per_case.csv", "no per_case.csv beside summary.json"),
-        ("metrics", "no results yet"),
-    ],
-)
-def test_what_a_run_lacks_is_said(tmp_path: Path, missing: str, said: str) -> None:
-    run = write_run(tmp_path / "run", {"p1": 0})
-    gone = run / missing
-    for path in [*gone.glob("*"), gone] if gone.is_dir() else [gone]:
-        path.rmdir() if path.is_dir() else path.unlink()
-    assert said in Page(write_report([run]).read_text()).text
-
-
-def test_damaged_records_are_notes_and_damaged_numbers_are_errors(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", {"p1": 0, "p2": 3})
-    (run / "record.json").write_text("{")
-    about = json.loads((run / "metrics" / "cases.json").read_text())
-    del about["cases"]["p1"]["image"]
-    (run / "metrics" / "cases.json").write_text(json.dumps(about))
-    page = Page(write_report([run]).read_text())
-    assert "record.json is damaged" in page.text
-    assert "does not say where the files of case p1 are" in page.text
-    per_case = run / "metrics" / "per_case.csv"
-    per_case.write_text(per_case.read_text() + per_case.read_text().splitlines()[1].replace("p1", "p9") + "\n")
-    assert "summary.json is of 2 cases" in Page(write_report([run]).read_text()).text
-    (run / "metrics" / "summary.json").write_text("{")
-    with pytest.raises(DataError, match=r"summary\.json"):
-        write_report([run])
-
-
-def test_without_nilearn_there_are_pictures_and_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report_module, "viewer_available", lambda: False)
-    page = Page(write_report([write_run(tmp_path / "run", {"p1": 0})]).read_text())
-    assert "nilearn is not installed" in page.text
-    assert page.frames == []
-    assert sum((tag, name) == ("img", "src") for tag, name, _ in page.attributes) == 3
 
 
 def test_one_label_has_no_mean_over_labels(tmp_path: Path) -> None:

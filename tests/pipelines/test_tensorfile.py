@@ -66,6 +66,16 @@ def test_views_and_tensors_with_gradients_are_written_as_values(tmp_path: Path) 
     assert torch.equal(tensors["all"], base.detach())
 
 
+def test_tensors_in_one_storage_come_back_apart(tmp_path: Path) -> None:
+    base = torch.arange(12.0).reshape(3, 4)
+    views = {"all": base, "again": base, "flat": base.view(12), "rows": base[1:], "first": base[:2], "none": base[:0]}
+    write_tensors(tmp_path / "x", views, {})
+    tensors, _ = read_tensors(tmp_path / "x")
+    assert all(torch.equal(tensors[name], view) for name, view in views.items())
+    tensors["all"].zero_()
+    assert torch.equal(tensors["again"], base)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.dictionaries(st.text(), st.floats(allow_nan=False, allow_infinity=False) | st.text(), max_size=4))
 def test_every_header_comes_back(tmp_path_factory: pytest.TempPathFactory, header: dict[str, Any]) -> None:
