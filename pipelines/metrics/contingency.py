@@ -7,13 +7,13 @@ instances, and ids need not be contiguous.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pipelines.metrics.inputs import as_mask
 from transforms.errors import DataError
 
 _BLOCK_VOXELS = 1 << 18  # runs are looked for in a piece that fits into the cache
@@ -76,11 +76,11 @@ def contingency(
         case: named in errors.
 
     Raises:
-        DataError: different shapes, not 2D or 3D, ids that are negative or no whole numbers.
+        DataError: different shapes, not 2D or 3D, ids that are negative or no whole numbers, a mask not of 0 and 1.
     """
-    maps = [_as_ids(prediction, "prediction", case), _as_ids(reference, "reference", case)]
+    maps: list[NDArray[Any]] = [_as_ids(prediction, "prediction", case), _as_ids(reference, "reference", case)]
     if mask is not None:
-        maps.append(np.asarray(mask).astype(bool, copy=False))
+        maps.append(as_mask(mask, "evaluation mask", case))
     shapes = [array.shape for array in maps]
     if len(set(shapes)) != 1 or len(shapes[0]) not in (2, 3):
         raise DataError(
@@ -111,7 +111,7 @@ def majority_classes(instances: ArrayLike, class_map: ArrayLike, case: str = "")
         DataError: as :func:`contingency`.
     """
     table = contingency(instances, class_map, case=case)
-    classes = dict.fromkeys((int(i) for i in table.predicted_ids), 0)
+    classes = dict.fromkeys(table.predicted_ids.tolist(), 0)
     # Pairs in order of votes, the winner last; of equal votes the smaller class.
     order = np.lexsort((-table.reference_index, table.intersection))
     for instance, label in zip(table.predicted_index[order], table.reference_index[order], strict=True):
@@ -119,7 +119,7 @@ def majority_classes(instances: ArrayLike, class_map: ArrayLike, case: str = "")
     return classes
 
 
-def classes_of_map(instances: ArrayLike, class_map: ArrayLike, case: str = "") -> Mapping[int, int]:
+def classes_of_map(instances: ArrayLike, class_map: ArrayLike, case: str = "") -> dict[int, int]:
     """Return the one class that all voxels of each instance have.
 
     Raises:

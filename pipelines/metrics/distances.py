@@ -21,6 +21,9 @@ from scipy.spatial import cKDTree
 
 from pipelines.metrics.jit import HAVE_NUMBA
 
+LEAF_POINTS = 64
+"""In a leaf of a k-d tree: far from a surface many leaves are nearly equally near, and few large ones are faster."""
+
 Array = NDArray[np.float64]
 
 
@@ -140,7 +143,7 @@ class DensePair:
         )
 
     def _nearest(self, query: NDArray[np.int64], target: NDArray[np.int64], bound_mm: float = np.inf) -> Array:
-        tree = cKDTree(target * np.array(self.spacing_mm))
+        tree = cKDTree(target * np.array(self.spacing_mm), LEAF_POINTS)
         found: Array = tree.query(query * np.array(self.spacing_mm), distance_upper_bound=search_radius(bound_mm))[0]
         return found
 
@@ -181,7 +184,7 @@ def dense_pairs(
     pairs = []
     for prediction, reference, of_map in zip(predictions, references, values, strict=True):
         if keep is not None:
-            prediction, reference = np.where(keep, prediction, 0), np.where(keep, reference, 0)
+            prediction, reference = prediction * keep, reference * keep
         prediction, reference = crop_to_joint_box(prediction, reference)
         for value in of_map:
             masks = crop_to_joint_box(prediction == value, reference == value)

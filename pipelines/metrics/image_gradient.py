@@ -37,7 +37,7 @@ def gradient_similarity(
             Otherwise per voxel.
     """
     axes = [axis for axis, n in enumerate(pair.shape) if n >= 3]
-    margin = [1 if axis in axes else 0 for axis in range(3)]
+    margin = [int(axis in axes) for axis in range(3)]
     frame = frame_of(pair, margin, border)
     steps = [1.0] * 3
     if in_mm and pair.spacing_mm is not None and axes:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.metrics import threads as threading
-from pipelines.metrics.image_regions import REGIONS_PER_PASS, Frame, ImagePair, codes_of, frame_of
-from pipelines.metrics.jit import HAVE_NUMBA, thread_count
+from pipelines.metrics.image_regions import Frame, ImagePair, codes_of, frame_of, region_means
+from pipelines.metrics.jit import HAVE_NUMBA
+from pipelines.metrics.threads import run, thread_count
 from transforms.errors import UsageError
 
 if HAVE_NUMBA:
@@ -23,21 +23,15 @@ PSNR_CAP_DB = 100.0
 def mean_errors(pair: ImagePair, threads: int | None = None) -> list[tuple[int, float, float]]:
     """Return, per region, the number of voxels, the mean absolute and the mean squared error (NaN without voxel)."""
     frame = frame_of(pair, (0, 0, 0), "exclude")
-    means = []
-    for first in range(0, len(pair.masks), REGIONS_PER_PASS):
-        group = pair.masks[first : first + REGIONS_PER_PASS]
-        if frame is None:
-            means += [(0, np.nan, np.nan)] * len(group)
-            continue
-        masks = [frame.own(mask) for mask in group]
-        sums = _compiled_errors(frame, masks, threads or thread_count()) if HAVE_NUMBA else _errors(frame, masks)
-        for mask, (absolute, squared) in zip(masks, sums, strict=True):
-            n = int(np.count_nonzero(mask))
-            means.append((n, absolute / n, squared / n) if n else (0, np.nan, np.nan))
-    return means
+    n_threads = thread_count(threads)
+    return region_means(pair, frame, lambda own, masks: _sum_errors(own, masks, n_threads))
 
 
-def _compiled_errors(frame: Frame, masks: Sequence[NDArray[Any]], threads: int) -> NDArray[np.float64]:
+def _sum_errors(frame: Frame, masks: Sequence[NDArray[Any]], threads: int) -> NDArray[np.float64]:
+    """Return the sums of absolute and squared errors, (regions, 2)."""
+    if not HAVE_NUMBA:
+        difference = np.subtract(frame.image[frame.box()], frame.reference[frame.box()], dtype=np.float64)
+        return np.array([(np.abs(difference[mask]).sum(), np.square(difference[mask]).sum()) for mask in masks])
     sums = np.zeros((masks[0].shape[0], len(masks), 2))
     shape, low, high = (np.array(values, np.int64) for values in (frame.image.shape, frame.low, frame.high))
     image, reference, codes = frame.image.reshape(-1), frame.reference.reshape(-1), codes_of(masks).reshape(-1)
@@ -45,13 +39,8 @@ def _compiled_errors(frame: Frame, masks: Sequence[NDArray[Any]], threads: int) 
     def work(start: int) -> None:
         image_kernels.error_planes(image, reference, shape, codes, low, high, start, threads, sums)
 
-    threading.run(work, range(threads), threads)
+    run(work, range(threads), threads)
     return sums.sum(axis=0)
-
-
-def _errors(frame: Frame, masks: Sequence[NDArray[Any]]) -> list[tuple[float, float]]:
-    difference = np.subtract(frame.image[frame.box()], frame.reference[frame.box()], dtype=np.float64)
-    return [(np.abs(difference[mask]).sum(), np.square(difference[mask]).sum()) for mask in masks]
 
 
 def psnr_from_nrmse(nrmse: float) -> float:

@@ -71,12 +71,12 @@ def image_quality_in_rois(
         border: "exclude" leaves out voxels whose window reaches beyond the image, as MONAI and scikit-image do in the
             mean; "reflect" mirrors the image at its faces (d c b a | a b c d), and no voxel is left out.
         bins: of each image in the joint histogram of ``mi_bits`` and ``nmi``.
-        threads: for the compiled kernels; None for ``NUMBA_NUM_THREADS`` or every core. It changes no value.
+        threads: for the compiled kernels, 1 or more; None: ``NUMBA_NUM_THREADS``, or every core. It changes no value.
         case: the case's name, for error messages.
 
     Returns:
         One row per region, in order: ``roi``; ``status``; ``n_voxels`` of the region; ``n_windows``, those of them that
-        SSIM is averaged over (None where SSIM is not asked for); then the metrics in the order asked for.
+        SSIM is averaged over (None unless SSIM or MS-SSIM is asked for); then the metrics in the order asked for.
         ``status`` is "ok", "empty" (no voxel in the region; every value is None) or "border" (a windowed figure has no
         voxel left to average over, and is None). ``ssim``, ``ms_ssim``: see :mod:`pipelines.metrics.image_ssim`;
         ``gms_mean``, ``gms_std``: :mod:`pipelines.metrics.image_gradient`; ``psnr_db`` = 10 log10(R^2 / MSE), at most
@@ -85,7 +85,8 @@ def image_quality_in_rois(
         None where both images are constant).
 
     Raises:
-        UsageError: no valid data range, unknown metric, window, border or bins, a window in mm without spacing.
+        UsageError: no valid data range, unknown metric, window, border or bins, a window in mm without spacing, no
+            thread.
         DataError: images or masks that cannot be compared (shape, dtype, values), or a value that is not finite in the
             box of the regions or within half a window of it.
     """
@@ -175,7 +176,7 @@ def _check_metrics(metrics: Sequence[str]) -> set[str]:
             raise UsageError(f"image quality: metric {name!r}", "it does not exist", nearest(str(name), IMAGE_METRICS))
     if isinstance(metrics, str) or not names:
         raise UsageError(
-            f"image quality: metrics {metrics!r}", "expected a list of one name or more", f"for example {['ssim']}"
+            f"image quality: metrics {metrics!r}", "expected a list of one name or more", "for example ['ssim']"
         )
     return set(names)
 

@@ -6,17 +6,18 @@ what is computed is the box of the regions, as wide as the windows around it nee
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.metrics.inputs import as_mask
 from transforms.errors import DataError, UsageError
 
 BORDERS = ("exclude", "reflect")
-REGIONS_PER_PASS = 8  # one bit of a byte each
+_REGIONS_PER_PASS = 8  # one bit of a byte each
 LARGEST = 1e70  # SSIM multiplies four values, or four times the data range: neither overflows nor vanishes in float64
 _EXACT_IN_FLOAT32 = ("b1", "i1", "u1", "i2", "u2", "f2", "f4")
 
@@ -97,7 +98,7 @@ def pair_of_images(
             f"expected {ndim} positive lengths",
             "take the spacing from the image's affine",
         )
-    own = [None if mask is None else _as_mask(mask, name, arrays[1].shape, where) for name, mask in masks.items()]
+    own = [None if mask is None else _as_roi(mask, name, arrays[1].shape, case) for name, mask in masks.items()]
     spacing = None if spacing_mm is None else tuple(float(s) for s in spacing_mm)
     transposed = all(array.flags.f_contiguous and not array.flags.c_contiguous for array in arrays)
     if transposed:
@@ -163,6 +164,26 @@ def frame_of(pair: ImagePair, margin: Sequence[int], border: str) -> Frame | Non
     return Frame(image, reference, tuple(margin), end, tuple(low))
 
 
+def region_means(
+    pair: ImagePair, frame: Frame | None, sums: Callable[[Frame, Sequence[NDArray[Any]]], NDArray[np.float64]]
+) -> list[tuple[int, float, float]]:
+    """Return, per region, its voxels in the frame and the means of two local figures over them (NaN without voxel).
+
+    ``sums`` gets the frame and the masks of up to eight regions in it; it returns sums of both figures (regions, 2).
+    """
+    means = []
+    for first in range(0, len(pair.masks), _REGIONS_PER_PASS):
+        group = pair.masks[first : first + _REGIONS_PER_PASS]
+        if frame is None:
+            means += [(0, np.nan, np.nan)] * len(group)
+            continue
+        masks = [frame.own(mask) for mask in group]
+        for mask, (one, other) in zip(masks, sums(frame, masks), strict=True):
+            n = int(np.count_nonzero(mask))
+            means.append((n, one / n, other / n) if n else (0, np.nan, np.nan))
+    return means
+
+
 def codes_of(masks: Sequence[NDArray[Any]]) -> NDArray[np.uint8]:
     """Return a byte per voxel in which bit r is set where the r-th of up to eight masks is."""
     codes = np.ascontiguousarray(masks[0], bool).view(np.uint8)
@@ -171,24 +192,14 @@ def codes_of(masks: Sequence[NDArray[Any]]) -> NDArray[np.uint8]:
     return codes
 
 
-def _as_mask(mask: NDArray[Any], name: str, shape: tuple[int, ...], where: str) -> NDArray[np.bool_]:
-    mask = np.asarray(mask)
-    if mask.shape != shape:
+def _as_roi(mask: NDArray[Any], name: str, shape: tuple[int, ...], case: str) -> NDArray[np.bool_]:
+    if np.shape(mask) != shape:
         raise DataError(
-            f"{where}: the ROI {name} does not fit the images",
-            f"ROI {mask.shape}, images {shape}",
+            f"case {case or 'unnamed'}: the ROI {name} does not fit the images",
+            f"ROI {np.shape(mask)}, images {shape}",
             "bring the ROI to the grid of the reference",
         )
-    if mask.dtype == bool:
-        return mask
-    own = mask != 0
-    if not np.array_equal(own, mask):
-        raise DataError(
-            f"{where}: the ROI {name} is not a mask",
-            f"values from {mask.min()} to {mask.max()}, expected 0 and 1 only",
-            "compare label == value; threshold probabilities",
-        )
-    return own
+    return as_mask(mask, f"ROI {name}", case)
 
 
 def _box_of(mask: NDArray[Any]) -> list[tuple[int, int]] | None:

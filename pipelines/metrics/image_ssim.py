@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from pipelines.metrics import threads as threading
-from pipelines.metrics.image_regions import REGIONS_PER_PASS, Frame, ImagePair, codes_of, frame_of
-from pipelines.metrics.jit import HAVE_NUMBA, thread_count
+from pipelines.metrics.image_regions import Frame, ImagePair, codes_of, frame_of, region_means
+from pipelines.metrics.jit import HAVE_NUMBA
+from pipelines.metrics.threads import run, thread_count
 from transforms.errors import UsageError
 
 if HAVE_NUMBA:
@@ -24,7 +24,6 @@ if HAVE_NUMBA:
 
 K1, K2 = 0.01, 0.03
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-_LONGEST_COMPILED = 11
 _SLAB = 32
 
 
@@ -93,18 +92,7 @@ def ssim_means(
     """
     weights = window_weights(window, pair.shape, pair.spacing_mm)
     frame = frame_of(pair, [len(w) // 2 for w in weights], border)
-    means = []
-    for first in range(0, len(pair.masks), REGIONS_PER_PASS):
-        group = pair.masks[first : first + REGIONS_PER_PASS]
-        if frame is None:
-            means += [(0, np.nan, np.nan)] * len(group)
-            continue
-        masks = [frame.own(mask) for mask in group]
-        sums = _ssim_of_frame(frame, weights, data_range, masks, threads)[0]
-        for mask, (ssim, structure) in zip(masks, sums, strict=True):
-            n = int(np.count_nonzero(mask))
-            means.append((n, ssim / n, structure / n) if n else (0, np.nan, np.nan))
-    return means
+    return region_means(pair, frame, lambda own, masks: _sum_ssim(own, weights, data_range, masks, threads))
 
 
 def ssim_local(
@@ -119,7 +107,9 @@ def ssim_local(
     if frame is None:
         return None
     wanted = np.logical_or.reduce([frame.own(mask) != 0 for mask in pair.masks])
-    return frame, _ssim_of_frame(frame, weights, data_range, [wanted], threads, keep_maps=True)[1]
+    maps = np.empty((2, *wanted.shape))
+    _sum_ssim(frame, weights, data_range, [wanted], threads, maps)
+    return frame, maps
 
 
 def ms_ssim_means(
@@ -186,19 +176,19 @@ def _averaged(array: NDArray[Any]) -> NDArray[np.float64]:
     return np.ascontiguousarray(array, np.float64)
 
 
-def _ssim_of_frame(
+def _sum_ssim(
     frame: Frame,
     weights: Sequence[NDArray[np.float64]],
     data_range: float,
     masks: Sequence[NDArray[Any]],
     threads: int | None,
-    keep_maps: bool = False,
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return sums (regions, 2) of SSIM and contrast-structure, and the maps (2, Z, Y, X), empty unless kept."""
-    constants = (K1 * data_range) ** 2, (K2 * data_range) ** 2
-    if HAVE_NUMBA and max(map(len, weights)) <= _LONGEST_COMPILED:
-        return _compiled_ssim(frame, weights, constants, masks, threads or thread_count(), keep_maps)
-    return _filtered_ssim(frame, weights, constants, masks, keep_maps)
+    maps: NDArray[np.float64] | None = None,
+) -> NDArray[np.float64]:
+    """Return sums (regions, 2) of SSIM and contrast-structure; ``maps`` (2, Z, Y, X) receives both."""
+    constants, threads = ((K1 * data_range) ** 2, (K2 * data_range) ** 2), thread_count(threads)
+    if HAVE_NUMBA and max(map(len, weights)) <= 2 * image_kernels.HALF + 1:
+        return _compiled_ssim(frame, weights, constants, masks, threads, maps)
+    return _filtered_ssim(frame, weights, constants, masks, maps)
 
 
 def _compiled_ssim(
@@ -207,25 +197,23 @@ def _compiled_ssim(
     constants: tuple[float, float],
     masks: Sequence[NDArray[Any]],
     threads: int,
-    keep_maps: bool,
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    maps: NDArray[np.float64] | None,
+) -> NDArray[np.float64]:
     shape = masks[0].shape
     half = np.zeros((3, image_kernels.HALF + 1))
     for axis, w in enumerate(weights):
         half[axis, image_kernels.HALF - len(w) // 2 :] = w[: len(w) // 2 + 1]
     tiles = -(-shape[1] // image_kernels.STRIP) * -(-shape[2] // image_kernels.TILE)
     sums = np.zeros((tiles, len(masks), 2))
-    maps = np.empty((2, *shape)) if keep_maps else np.empty((2, 0, 0, 0))
+    flat = np.empty((2, 0)) if maps is None else maps.reshape(2, -1)
     full, low, high = (np.array(values, np.int64) for values in (frame.image.shape, frame.low, frame.high))
     image, reference, codes = frame.image.reshape(-1), frame.reference.reshape(-1), codes_of(masks).reshape(-1)
-    c1, c2 = constants
-    flat = maps.reshape(2, -1) if keep_maps else np.empty((2, 0))
 
     def work(start: int) -> None:
-        image_kernels.ssim_tiles(image, reference, full, codes, low, high, half, c1, c2, start, threads, sums, flat)
+        image_kernels.ssim_tiles(image, reference, full, codes, low, high, half, *constants, start, threads, sums, flat)
 
-    threading.run(work, range(threads), threads)
-    return sums.sum(axis=0), maps
+    run(work, range(threads), threads)
+    return sums.sum(axis=0)
 
 
 def _filtered_ssim(
@@ -233,22 +221,20 @@ def _filtered_ssim(
     weights: Sequence[NDArray[np.float64]],
     constants: tuple[float, float],
     masks: Sequence[NDArray[Any]],
-    keep_maps: bool,
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    maps: NDArray[np.float64] | None,
+) -> NDArray[np.float64]:
     """The same in SciPy, for windows of any length; a slab of planes at a time, for memory."""
-    shape = masks[0].shape
     sums = np.zeros((len(masks), 2))
-    maps = np.empty((2, *shape)) if keep_maps else np.empty((2, 0, 0, 0))
     margin = [len(w) // 2 for w in weights]
     x, y = (array[frame.box(margin)] for array in (frame.image, frame.reference))
-    for start in range(0, shape[0], _SLAB):
+    for start in range(0, len(masks[0]), _SLAB):
         planes = slice(start, start + _SLAB)
         halo = slice(start, start + _SLAB + 2 * margin[0])
         local = _filtered_slab(x[halo].astype(np.float64), y[halo].astype(np.float64), weights, constants)
         sums += [[values[mask[planes]].sum() for values in local] for mask in masks]
-        if keep_maps:
+        if maps is not None:
             maps[:, planes] = local
-    return sums, maps
+    return sums
 
 
 def _filtered_slab(

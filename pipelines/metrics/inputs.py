@@ -1,4 +1,4 @@
-"""What the segmentation metrics accept: every argument is checked, by name, before a number is computed."""
+"""What the metrics accept: every argument is checked, by name, before a number is computed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from pipelines.metrics.lesions import check_same_grid
 from transforms.errors import DataError, UsageError
 
 Maps = tuple[list[NDArray[Any]], list[NDArray[Any]]]
@@ -20,6 +19,20 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise UsageError(
             f"segmentation metrics: {name} {value!r}", f"expected one of {', '.join(choices)}", "correct the name"
         )
+
+
+def check_same_grid(
+    prediction: NDArray[Any], reference: NDArray[Any], spacing_mm: Sequence[float], case: str = ""
+) -> None:
+    """Raise a ``DataError`` unless both arrays are 2D or 3D, equal in shape, and have one positive spacing per axis."""
+    shapes = f"prediction {np.shape(prediction)}, reference {np.shape(reference)}, spacing {tuple(spacing_mm)} mm"
+    where = f"case {case or 'unnamed'}: prediction and reference cannot be compared"
+    if np.shape(prediction) != np.shape(reference):
+        raise DataError(where, f"{shapes}: the shapes differ", "bring the prediction back to the grid of the reference")
+    if np.ndim(reference) not in (2, 3):
+        raise DataError(where, f"{shapes}: expected (X, Y) or (X, Y, Z)", "drop the batch and channel axes")
+    if len(spacing_mm) != np.ndim(reference) or not all(np.isfinite(s) and s > 0 for s in spacing_mm):
+        raise DataError(where, f"{shapes}: expected one positive spacing per axis", "take it from the image's affine")
 
 
 def check_labels(labels: Mapping[int, str], ignore_label: int | None, multilabel: bool) -> dict[int, str]:
@@ -85,7 +98,7 @@ def as_maps(
             "name the channels of the stack",
         )
     stacks = [
-        [_as_mask(stack[channel], f"{name}, channel {channel},", case) for channel in foreground]
+        [as_mask(stack[channel], f"{name}, channel {channel},", case) for channel in foreground]
         for stack, name in ((prediction, "prediction"), (reference, "reference"))
     ]
     return (stacks[0], stacks[1]), [[1]] * len(foreground)
@@ -101,7 +114,7 @@ def kept_voxels(
     """
     keep = None
     if evaluation_mask is not None:
-        keep = _as_mask(np.asarray(evaluation_mask), "evaluation mask", case) != 0
+        keep = as_mask(evaluation_mask, "evaluation mask", case)
         if keep.shape != reference.shape:
             raise DataError(
                 f"case {case or 'unnamed'}: the evaluation mask does not fit",
@@ -112,6 +125,25 @@ def kept_voxels(
         known = reference != ignore_label
         keep = known if keep is None else keep & known
     return keep
+
+
+def as_mask(array: ArrayLike, name: str, case: str) -> NDArray[np.bool_]:
+    """Return a mask of 0 and 1, of any dtype, as bool.
+
+    Raises:
+        DataError: other values.
+    """
+    array = np.asarray(array)
+    mask = array.astype(bool, copy=False)
+    # The extremes of whole numbers are found without a second array.
+    whole = array.dtype.kind in "iu"
+    if not (array.min(initial=0) >= 0 and array.max(initial=0) <= 1 if whole else np.array_equal(mask, array)):
+        raise DataError(
+            f"case {case or 'unnamed'}: the {name} is not a mask",
+            f"values from {array.min()} to {array.max()}, expected 0 and 1 only",
+            "compare one label at a time: array == label; threshold probabilities",
+        )
+    return mask
 
 
 def _as_label_map(array: NDArray[Any], name: str, case: str) -> NDArray[Any]:
@@ -125,14 +157,3 @@ def _as_label_map(array: NDArray[Any], name: str, case: str) -> NDArray[Any]:
             "take the argmax of a network's output; resample labels by nearest neighbour",
         )
     return array.astype(np.int32)
-
-
-def _as_mask(array: NDArray[Any], name: str, case: str) -> NDArray[Any]:
-    mask = _as_label_map(array, name, case)
-    if mask.size and not (mask.min() >= 0 and mask.max() <= 1):
-        raise DataError(
-            f"case {case or 'unnamed'}: the {name} is not a mask",
-            f"values from {mask.min()} to {mask.max()}, expected 0 and 1 only",
-            "threshold probabilities; give label maps without multilabel",
-        )
-    return mask

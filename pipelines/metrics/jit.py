@@ -14,18 +14,8 @@ HAVE_NUMBA = os.environ.get("FIDUCIAL_NUMBA", "1") != "0"
 
 if HAVE_NUMBA:
     try:
-        from numba import njit, prange
+        from numba import njit
     except ImportError:
         HAVE_NUMBA = False
 
-__all__ = ["HAVE_NUMBA", "njit", "prange", "thread_count"]
-
-
-def thread_count() -> int:
-    """Return how many threads a metric uses unless told otherwise: ``NUMBA_NUM_THREADS``, or every core."""
-    if not HAVE_NUMBA:
-        return 1
-    from numba import config
-
-    # Not numba.get_num_threads(): it starts Numba's own thread pool, which does not survive a fork.
-    return int(vars(config)["NUMBA_NUM_THREADS"])
+__all__ = ["HAVE_NUMBA", "njit"]

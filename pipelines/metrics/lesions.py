@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.metrics.distances import Components, covered_components
-from transforms.errors import DataError, UsageError
+from pipelines.metrics.inputs import as_mask, check_same_grid
+from transforms.errors import UsageError
 
 
 def lesion_detection(
@@ -56,7 +57,7 @@ def lesion_detection(
             f"connectivity is 1 to {ndim} in {ndim}D (or None for all), minimum_overlap is 0 to 1",
             "correct the argument",
         )
-    predicted_mask, reference_mask = _as_mask(prediction, "prediction"), _as_mask(reference, "reference")
+    predicted_mask, reference_mask = as_mask(prediction, "prediction", ""), as_mask(reference, "reference", "")
     return detection_scores(
         covered_components(reference_mask, predicted_mask, connectivity),
         covered_components(predicted_mask, reference_mask, connectivity),
@@ -85,32 +86,6 @@ def detection_scores(
         "f1": _f1(sensitivity, precision),
         "largest_missed_ml": largest_missed_ml,
     }
-
-
-def check_same_grid(
-    prediction: NDArray[Any], reference: NDArray[Any], spacing_mm: Sequence[float], case: str = ""
-) -> None:
-    """Raise a ``DataError`` unless both arrays are 2D or 3D, equal in shape, and have one positive spacing per axis."""
-    shapes = f"prediction {np.shape(prediction)}, reference {np.shape(reference)}, spacing {tuple(spacing_mm)} mm"
-    where = f"case {case or 'unnamed'}: prediction and reference cannot be compared"
-    if np.shape(prediction) != np.shape(reference):
-        raise DataError(where, f"{shapes}: the shapes differ", "bring the prediction back to the grid of the reference")
-    if np.ndim(reference) not in (2, 3):
-        raise DataError(where, f"{shapes}: expected (X, Y) or (X, Y, Z)", "drop the batch and channel axes")
-    if len(spacing_mm) != np.ndim(reference) or not all(np.isfinite(s) and s > 0 for s in spacing_mm):
-        raise DataError(where, f"{shapes}: expected one positive spacing per axis", "take it from the image's affine")
-
-
-def _as_mask(array: NDArray[Any], name: str) -> NDArray[np.bool_]:
-    array = np.asarray(array)
-    mask = array.astype(bool)
-    if not np.array_equal(mask, array):
-        raise DataError(
-            f"lesion detection: the {name} is not a binary mask",
-            f"values from {array.min()} to {array.max()}, expected 0 and 1 only",
-            "compare one label at a time: array == label",
-        )
-    return mask
 
 
 def _detected(components: Components, minimum_overlap: float) -> NDArray[np.bool_]:

@@ -15,14 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.metrics.distances import LabelPair, crop_to_joint_box, label_pairs, within
+from pipelines.metrics.distances import LabelPair, label_pairs, within
 from pipelines.metrics.inputs import as_maps, check_choice, check_labels, check_lengths, kept_voxels
-from pipelines.metrics.jit import thread_count
 from pipelines.metrics.lesions import detection_scores
+from pipelines.metrics.summary import status_of
 from pipelines.metrics.surface import surface_distances
-from pipelines.metrics.threads import run
-
-__all__ = ["DEFINITIONS", "EMPTY_POLICIES", "GROUPS", "crop_to_joint_box", "segmentation_metrics"]
+from pipelines.metrics.threads import run, thread_count
 
 DEFINITIONS = ("voxel", "surface")
 EMPTY_POLICIES = ("worst", "exclude", "perfect")
@@ -38,8 +36,9 @@ class _Options:
     boundary_mm: float
     definition: str
     empty_policy: str
-    groups: tuple[str, ...]
+    groups: frozenset[str]
     diagonal_mm: float
+    threads_of_label: int
 
 
 def segmentation_metrics(
@@ -100,7 +99,7 @@ def segmentation_metrics(
         multilabel: prediction and reference are stacks of masks.
         groups: what to compute beside overlap and volume: "distance", "nsd", "boundary", "lesion".
         boundary_width_mm: of the bands that boundary IoU compares; None: the (first) tolerance of the NSD.
-        threads: that work at once; None: ``NUMBA_NUM_THREADS``, or every core.
+        threads: that work at once, 1 or more; None: ``NUMBA_NUM_THREADS``, or every core.
 
     Returns:
         One row per foreground label, in the order of ``labels``: ``label``, ``status``, ``dice`` = 2 |P and R| / (|P| +
@@ -115,7 +114,7 @@ def segmentation_metrics(
         DataError: different shapes, not 2D or 3D, a spacing that is not positive, a value that is not a whole number, a
             mask that is not 0 and 1, an evaluation mask of another shape.
         UsageError: no foreground label, a negative tolerance or width, an unknown definition, policy or group, a
-            channel that is not there, ``ignore_label`` among the labels or with ``multilabel``.
+            channel that is not there, ``ignore_label`` among the labels or with ``multilabel``, no thread.
     """
     tolerances = tuple(np.atleast_1d(np.asarray(nsd_tolerance_mm, float)).tolist())
     check_lengths("tolerance", tolerances)
@@ -128,27 +127,28 @@ def segmentation_metrics(
     foreground = check_labels(labels, ignore_label, multilabel)
     maps, values = as_maps(prediction, reference, spacing_mm, foreground, multilabel, case)
     keep = kept_voxels(evaluation_mask, ignore_label, maps[1][0], case)
-    threads = thread_count() if threads is None else max(int(threads), 1)
+    threads = thread_count(threads)
     spacing = tuple(float(s) for s in spacing_mm)
+    pairs = label_pairs(*maps, values, keep, spacing, threads)
     options = _Options(
         spacing,
         tolerances,
         width_mm,
         definition,
         empty_policy,
-        tuple(group for group in GROUPS if group in groups),
+        frozenset(groups),
         float(np.linalg.norm(np.multiply(maps[0][0].shape, spacing))),
+        max(threads // len(pairs), 1),
     )
-    pairs = label_pairs(*maps, values, keep, spacing, threads)
     rows = run(lambda pair: _compare(pair, options), pairs, threads)
     return [{"label": name, **row} for name, row in zip(foreground.values(), rows, strict=True)]
 
 
 def _compare(pair: LabelPair, options: _Options) -> dict[str, Any]:
-    status = _status(pair.n_prediction, pair.n_reference)
+    n_prediction, n_reference = pair.n_prediction, pair.n_reference
+    status = status_of(n_prediction, n_reference)
     row: dict[str, Any] = {"status": status}
     row |= _scores(pair, options) if status == "both" else _without_overlap(status, options)
-    n_prediction, n_reference = pair.n_prediction, pair.n_reference
     row["volume_reference_ml"] = _volume_ml(n_reference, options.spacing_mm)
     row["volume_prediction_ml"] = _volume_ml(n_prediction, options.spacing_mm)
     row["volume_error_ml"] = _volume_ml(n_prediction - n_reference, options.spacing_mm)
@@ -158,13 +158,7 @@ def _compare(pair: LabelPair, options: _Options) -> dict[str, Any]:
     return row
 
 
-def _status(n_prediction: int, n_reference: int) -> str:
-    if n_reference:
-        return "both" if n_prediction else "missed"
-    return "false_alarm" if n_prediction else "empty"
-
-
-def _without_overlap(status: str, options: _Options) -> dict[str, float | None]:
+def _without_overlap(status: str, options: _Options) -> Mapping[str, float | None]:
     """Return the value of every metric where a mask is empty."""
     good: dict[str, float] = dict.fromkeys(OVERLAP, 1.0)
     bad: dict[str, float] = dict.fromkeys(OVERLAP, 0.0)
@@ -176,7 +170,7 @@ def _without_overlap(status: str, options: _Options) -> dict[str, float | None]:
     good, bad = good | dict.fromkeys(others, 1.0), bad | dict.fromkeys(others, 0.0)
     if options.empty_policy == "exclude" or (status == "empty" and options.empty_policy == "worst"):
         return dict.fromkeys(bad)
-    return {**(good if status == "empty" else bad)}
+    return good if status == "empty" else bad
 
 
 def _scores(pair: LabelPair, options: _Options) -> dict[str, float]:
@@ -187,14 +181,15 @@ def _scores(pair: LabelPair, options: _Options) -> dict[str, float]:
     row = dict(zip(OVERLAP, (*overlaps, 1 - abs(n_prediction - n_reference) / total), strict=True))
     distance, nsd = "distance" in options.groups, "nsd" in options.groups
     if options.definition == "surface" and (distance or nsd):
-        elements = surface_distances(*pair.masks(), options.spacing_mm)
+        elements = surface_distances(*pair.masks(), options.spacing_mm, options.threads_of_label)
         row |= _area_distances(elements) if distance else {}
         row |= _surface_dice(elements, options) if nsd else {}
     else:
-        row |= _voxel_distances(pair.edge_distances()) if distance else {}
-        row |= (
-            _surface_dice(pair.cell_distances(options.spacing_mm, max(options.tolerances_mm)), options) if nsd else {}
-        )
+        if distance:
+            row |= _voxel_distances(pair.edge_distances())
+        if nsd:
+            cells = pair.cell_distances(options.spacing_mm, max(options.tolerances_mm))
+            row |= _surface_dice(cells, options)
     if "boundary" in options.groups:
         common, either = pair.boundary_overlap(options.boundary_mm)
         row["boundary_iou"] = common / either

@@ -54,9 +54,7 @@ def _resampled_sums(of_subject: Floats, draws: Floats) -> Floats:
     return np.concatenate(([total], total - of_subject, draws @ of_subject))
 
 
-def bca_interval(
-    estimate: float, leave_one_out: Floats, resampled: Floats, level: float = LEVEL
-) -> tuple[float, float]:
+def bca_interval(estimate: float, leave_one_out: Floats, resampled: Floats) -> tuple[float, float]:
     """Return the bias-corrected and accelerated bootstrap interval (Efron 1987; Efron and Tibshirani 1993, 14.3).
 
     The bias z0 is the normal quantile of the share of resamples below the estimate, ties counted half; the acceleration
@@ -71,7 +69,6 @@ def bca_interval(
         estimate: the statistic of all subjects.
         leave_one_out: (n,) the statistic without each subject.
         resampled: (B,) the statistic in each resample.
-        level: coverage.
     """
     leave_one_out, resampled = (values[np.isfinite(values)] for values in (leave_one_out, resampled))
     # Sums in another order differ by a rounding error, which has a sign but no meaning.
@@ -84,7 +81,7 @@ def bca_interval(
     if largest > rounding:
         deviations /= largest
         acceleration = (deviations**3).sum() / (6 * (deviations**2).sum() ** 1.5)
-    shifted = bias + ndtri([(1 - level) / 2, (1 + level) / 2])
+    shifted = bias + ndtri([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     low, high = np.quantile(resampled, ndtr(bias + shifted / (1 - acceleration * shifted)))
     return float(low), float(high)
 

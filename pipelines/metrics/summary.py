@@ -24,6 +24,13 @@ IDENTITY = ("case", "subject", "label", "status")
 COUNTED = {"n_missed": "missed", "n_empty": "empty", "n_false_alarm": "false_alarm"}
 
 
+def status_of(n_predicted: int, n_reference: int) -> str:
+    """Return the status of a row with so many predicted and reference voxels, or instances."""
+    if n_reference:
+        return "both" if n_predicted else "missed"
+    return "false_alarm" if n_predicted else "empty"
+
+
 def summarise(rows: Sequence[Mapping[str, Any]], n_resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
     """Summarise every metric for every label, with a bootstrap 95 % interval of the mean over subjects.
 

@@ -18,7 +18,12 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 from skimage.measure import find_contours, marching_cubes
 
-from pipelines.metrics.distances import CellDistances
+from pipelines.metrics.distances import LEAF_POINTS, CellDistances
+from pipelines.metrics.jit import HAVE_NUMBA
+from pipelines.metrics.threads import run
+
+if HAVE_NUMBA:
+    from pipelines.metrics.surface_kernels import nearest_triangles
 
 SIGMA = 0.8
 """Width of the smoothing in voxels, times the root of the ratio of the coarsest spacing to that of the axis."""
@@ -36,7 +41,7 @@ Array = NDArray[np.float64]
 
 
 def surface_distances(
-    prediction: NDArray[np.bool_], reference: NDArray[np.bool_], spacing_mm: Sequence[float]
+    prediction: NDArray[np.bool_], reference: NDArray[np.bool_], spacing_mm: Sequence[float], threads: int = 1
 ) -> CellDistances:
     """Return area and distance to the other surface of every surface element, in both directions.
 
@@ -44,13 +49,15 @@ def surface_distances(
         prediction: mask (X, Y) or (X, Y, Z) with at least one voxel; beyond the array is background.
         reference: mask of the same shape, with at least one voxel.
         spacing_mm: voxel size along each axis, in mm.
+        threads: that work at once; there is work for two.
 
     Returns:
         Per element of the prediction and of the reference: area in mm^2 (2D: length in mm) and distance in mm from its
         centre.
     """
-    first, second = (surface_elements(mask, spacing_mm) for mask in (prediction, reference))
-    return CellDistances(_areas(first), _nearest(first, second), _areas(second), _nearest(second, first))
+    first, second = run(lambda mask: surface_elements(mask, spacing_mm), (prediction, reference), threads)
+    forth, back = run(lambda sides: _nearest(*sides), ((first, second), (second, first)), threads)
+    return CellDistances(_areas(first), forth, _areas(second), back)
 
 
 def surface_elements(mask: NDArray[np.bool_], spacing_mm: Sequence[float]) -> Array:
@@ -110,8 +117,13 @@ def _straight_edges(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def _neighbour(mask: NDArray[np.bool_], axis: int, step: int) -> NDArray[np.bool_]:
     """Return the mask read ``step`` voxels further along an axis; beyond the array the value at its border."""
-    n = mask.shape[axis]
-    return mask.take(np.clip(np.arange(n) + step, 0, n - 1), axis=axis)
+    moved = np.empty_like(mask)
+    source, target = np.moveaxis(mask, axis, 0), np.moveaxis(moved, axis, 0)
+    if step > 0:
+        target[:-step], target[-step:] = source[step:], source[-1]
+    else:
+        target[-step:], target[:-step] = source[:step], source[0]
+    return moved
 
 
 def _areas(elements: Array) -> Array:
@@ -126,12 +138,15 @@ def _areas(elements: Array) -> Array:
 def _nearest(query: Array, target: Array, chunk: int = 8192) -> Array:
     """Return the distance from the centre of every element of ``query`` to the nearest point of ``target``."""
     points = query.mean(axis=1)
-    tree = cKDTree(target.mean(axis=1))
+    tree = cKDTree(target.mean(axis=1), LEAF_POINTS)
     distances = np.empty(len(points))
     for start in range(0, len(points), chunk):
         part = points[start : start + chunk]
         near = tree.query(part, k=np.arange(1, min(NEIGHBOURS, len(target)) + 1))[1]
-        distances[start : start + chunk] = _to_element(part[:, None], target[near]).min(axis=1)
+        if HAVE_NUMBA and target.shape[-1] == 3:
+            nearest_triangles(part, target, near, distances[start : start + chunk])
+        else:
+            distances[start : start + chunk] = _to_element(part[:, None], target[near]).min(axis=1)
     # An element of both surfaces is at distance 0, not at the rounding of its own centre.
     return np.where(distances < 1e-9, 0, distances)
 

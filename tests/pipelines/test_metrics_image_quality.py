@@ -210,6 +210,8 @@ def test_the_data_range_is_never_guessed(data_range: object) -> None:
         ({"border": "wrap"}, "exclude, reflect"),
         ({"metrics": ("nmi",), "bins": 1}, "1 bins"),
         ({"metrics": ("nmi",), "bins": 8.5}, "8.5 bins"),
+        ({"metrics": ("mae",), "threads": 0}, "threads = 0"),
+        ({"metrics": ("ssim",), "threads": -1}, "threads = -1"),
     ],
 )
 def test_arguments_that_are_refused(options: dict, message: str) -> None:

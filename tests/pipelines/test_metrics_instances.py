@@ -14,14 +14,8 @@ from monai.metrics import PanopticQualityMetric
 from skimage.metrics import contingency_table
 
 from pipelines.metrics.contingency import contingency, majority_classes
-from pipelines.metrics.instances import (
-    COCO_THRESHOLDS,
-    count_instances,
-    instance_figures,
-    instance_metrics,
-    pool_cases,
-    pool_counts,
-)
+from pipelines.metrics.instance_counts import COCO_THRESHOLDS, instance_figures, pool_cases, pool_counts
+from pipelines.metrics.instances import count_instances, instance_metrics
 from pipelines.metrics.matching import average_precision, best_assignment
 from pipelines.metrics.summary import summarise
 from transforms.errors import DataError, UsageError
@@ -434,6 +428,11 @@ IMAGE = np.ones((4, 4), int)
 def test_refuses_bad_data(arguments, message) -> None:
     with pytest.raises(DataError, match=f"case patient_7: .*{message}"):
         instance_metrics(*arguments, case="patient_7")
+
+
+def test_refuses_a_mask_of_other_values() -> None:
+    with pytest.raises(DataError, match="case patient_7: the evaluation mask is not a mask"):
+        instance_metrics(IMAGE, IMAGE, mask=IMAGE * 0.5, case="patient_7")
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_equal_to_a_count_with_scikit_image(seed: int, density: float, minimum: 
 
 def test_refusals() -> None:
     mask = draw("# .")
-    with pytest.raises(DataError, match="not a binary mask"):
+    with pytest.raises(DataError, match="the prediction is not a mask"):
         detect(np.array([[2, 0]]), mask)
     with pytest.raises(DataError, match="shapes differ"):
         detect(draw("# . ."), mask)

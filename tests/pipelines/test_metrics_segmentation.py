@@ -18,8 +18,9 @@ from monai.metrics import (
 )
 from scipy import ndimage
 
-from pipelines.metrics import distances
-from pipelines.metrics.segmentation import DEFINITIONS, crop_to_joint_box, segmentation_metrics
+from pipelines.metrics import distances, surface
+from pipelines.metrics.distances import crop_to_joint_box
+from pipelines.metrics.segmentation import DEFINITIONS, segmentation_metrics
 from transforms.errors import DataError, UsageError
 
 SPACING = (1.0, 2.0, 3.0)
@@ -210,7 +211,8 @@ def test_refuses_a_table_without_foreground_and_a_negative_tolerance() -> None:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a test with the compiled kernels and without."""
     if request.param == "numpy":
-        monkeypatch.setattr(distances, "HAVE_NUMBA", False)
+        for module in (distances, surface):
+            monkeypatch.setattr(module, "HAVE_NUMBA", False)
 
 
 @pytest.mark.usefixtures("path")
@@ -340,6 +342,7 @@ def test_refusals_name_what_is_wrong() -> None:
         ({"nsd_tolerance_mm": ()}, "tolerance"),
         ({"boundary_width_mm": -1.0}, "boundary width"),
         ({"ignore_label": 1}, "ignore_label 1"),
+        ({"threads": 0}, "threads = 0"),
     ):
         with pytest.raises(UsageError, match=match):
             compare(mask, mask, **options)
@@ -351,5 +354,7 @@ def test_refusals_name_what_is_wrong() -> None:
         segmentation_metrics(stack, stack[:1], SPACING, {0: "a"}, multilabel=True)
     with pytest.raises(DataError, match="channel 0, is not a mask"):
         segmentation_metrics(stack + 2, stack, SPACING, {0: "a"}, multilabel=True)
+    with pytest.raises(DataError, match=r"(?s)channel 0, is not a mask.*threshold probabilities"):
+        segmentation_metrics(stack + 0.5, stack, SPACING, {0: "a"}, multilabel=True)
     with pytest.raises(DataError, match="evaluation mask does not fit"):
         compare(mask, mask, evaluation_mask=np.ones((4, 4), int))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from pipelines.metrics import surface
+from pipelines.metrics.jit import HAVE_NUMBA
 from pipelines.metrics.segmentation import segmentation_metrics
 from pipelines.metrics.surface import smooth_level, surface_distances, surface_elements
 
@@ -126,6 +127,21 @@ def test_nearest_point_is_that_of_a_full_search(monkeypatch: pytest.MonkeyPatch)
     found = surface._nearest(first, second)
     monkeypatch.setattr(surface, "NEIGHBOURS", len(second))
     np.testing.assert_allclose(found, surface._nearest(first, second, chunk=64), atol=1e-6)
+
+
+@pytest.mark.skipif(not HAVE_NUMBA, reason="the compiled path is switched off")
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10_000), spacing=st.tuples(*[st.sampled_from([0.6, 1.0, 3.0])] * 3), ndim=st.integers(2, 3))
+def test_compiled_path_and_threads_change_no_value(seed: int, spacing, ndim: int) -> None:
+    noise = np.random.default_rng(seed).normal(size=(2, *(12,) * ndim))
+    masks = [ndimage.gaussian_filter(n, 1.0) > 0.1 for n in noise]
+    masks[0][(5,) * ndim] = masks[1][(4,) * ndim] = True
+    fast = surface_distances(*masks, spacing[:ndim], threads=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(surface, "HAVE_NUMBA", False)
+        slow = surface_distances(*masks, spacing[:ndim])
+    for mine, yours in zip(fast, slow, strict=True):
+        np.testing.assert_allclose(mine, yours, rtol=1e-9, atol=1e-9)
 
 
 # A point above the inside of a triangle, beyond a side, beyond a corner; and beside a segment.
