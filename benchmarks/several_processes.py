@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pipelines.demo import head_cohort
+from pipelines.embedded import head_cohort
 from pipelines.runner import BUNDLES
 
 BUNDLE = "brain_lesion_mri_segmentation"

@@ -189,6 +189,7 @@ def _add_phantom_command(commands: Any) -> None:
     phantom.add_argument("--spacing", type=float, nargs=3, default=(2.0, 2.0, 2.0), metavar="MM")
     phantom.add_argument("--seed", type=int, default=0)
     phantom.add_argument("--modalities", nargs="+", default=["flair", "t1", "t2"])
+    phantom.add_argument("--pairs", action="store_true", help="clean pairs of each MRI modality and the CT, for fusion")
     phantom.add_argument("--no-skull", action="store_true", help="the brain alone, as after skull stripping")
     phantom.add_argument("--lesion_median", type=float, default=2.0, metavar="ML", help="median volume per subject")
     phantom.add_argument("--lesion_largest", type=float, default=20.0, metavar="ML", help="largest volume per subject")
@@ -207,15 +208,17 @@ def _add_phantom_command(commands: Any) -> None:
 
 
 def _phantom(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    from pipelines.demo import head_cohort
+    from pipelines.embedded import head_cohort, pair_cohort
     from pipelines.phantoms import LesionPrior
 
-    folder, spacing = Path(options.folder), tuple(options.spacing)
     lesions = LesionPrior(options.lesion_median, largest_ml=options.lesion_largest, t2_ms=tuple(options.lesion_t2))
-    modalities, skull = options.modalities, not options.no_skull
-    manifest = head_cohort(
-        folder, options.subjects, spacing, options.seed, modalities, skull, lesions, options.tissue_sd
-    )
+    folder, spacing, modalities = Path(options.folder), tuple(options.spacing), options.modalities
+    count, seed, spread = options.subjects, options.seed, options.tissue_sd
+    if options.pairs:
+        manifest = pair_cohort(folder, count, spacing, seed, modalities, lesions, spread)
+    else:
+        skull = not options.no_skull
+        manifest = head_cohort(folder, count, spacing, seed, modalities, skull, lesions, spread)
     print(f"{options.subjects} subjects in {folder}, manifest {manifest.path}")
 
 

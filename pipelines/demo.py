@@ -6,14 +6,12 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.manifests import Manifest, SplitPlan, import_folder, load_manifest, write_manifest
-from pipelines.phantoms import DEFAULT_LESIONS, TISSUE_SD, LesionPrior, write_head_cohort
+from pipelines.embedded import head_cohort
 from pipelines.runner import run_bundle
 from pipelines.training.run_folder import new_run_name
-from transforms.errors import FiducialError, UsageError
+from transforms.errors import FiducialError
 
 logger = logging.getLogger(__name__)
 
@@ -22,51 +20,6 @@ SUBJECTS, SPACING_MM, SEED = 14, (2.0, 2.0, 2.0), 0
 EXPECTED_DICE = 0.70  # of the validation subjects; below it the demonstration has failed, and says so
 # what fits a 2 mm cohort and two cores; everything else is the bundle's default
 TRAINING = {"spacing": list(SPACING_MM), "patch_size": [48, 48, 48], "max_epochs": 24, "steps_per_epoch": 30}
-
-
-def head_cohort(
-    folder: Path,
-    subjects: int,
-    spacing_mm: Sequence[float],
-    seed: int,
-    modalities: Sequence[str],
-    skull: bool = True,
-    lesions: LesionPrior = DEFAULT_LESIONS,
-    tissue_sd: float = TISSUE_SD,
-) -> Manifest:
-    """Return the manifest of the embedded head cohort in ``folder``, generated there unless it is there already.
-
-    Raises:
-        UsageError: the folder holds a cohort that was generated with other arguments.
-    """
-    path = folder / "manifest.json"
-    source = (
-        f"pipelines.phantoms.head, seed {seed}, {subjects} subjects, {'x'.join(f'{s:g}' for s in spacing_mm)} mm, "
-        f"{' '.join(modalities)}, {'with' if skull else 'without'} skull, {lesions}, tissue_sd {tissue_sd:g}"
-    )
-    if path.is_file():
-        manifest = load_manifest(path, check="sha256")
-        if manifest.source != source:
-            raise UsageError(
-                f"cohort {folder}: generated with other arguments",
-                f"there: {manifest.source}; asked for: {source}",
-                "choose another folder, or remove this one",
-            )
-        return manifest
-    write_head_cohort(folder, subjects, spacing_mm, seed, modalities, skull=skull, lesions=lesions, tissue_sd=tissue_sd)
-    manifest = import_folder(
-        folder,
-        {modality: f"{{subject}}/{modality}.nii.gz" for modality in modalities},
-        "{subject}/lesion.nii.gz",
-        {"brain": "{subject}/brain.nii.gz"},
-        ["1:lesion"],
-        name="head_phantoms",
-        licence="generated; anatomy from the MNI152 template (ICBM, free to use with attribution)",
-        source=source,
-        units={"ct": "HU"} if "ct" in modalities else {},
-        split=SplitPlan((0.6, 0.2, 0.2), seed=seed),
-    )
-    return write_manifest(manifest, path)
 
 
 def demo(folder: Path) -> None:

@@ -16,6 +16,7 @@ from pipelines.manifests.selection import (
     contract_labels,
     foreground_source,
     labels_of,
+    pair_items,
     prediction_items,
     reference_items,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "label_table",
     "labels_of",
     "load_manifest",
+    "pair_items",
     "parse_label",
     "prediction_items",
     "reference_items",

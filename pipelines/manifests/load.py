@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.files import write_json
 from pipelines.manifests.digest import file_digest
+from pipelines.manifests.discover import MASK_ROLE
 from pipelines.manifests.jsonfile import read_json
 from pipelines.manifests.model import SPLITS, Case, FileEntry, Manifest, manifest_from_raw, manifest_to_raw
 from pipelines.manifests.validate import validate_manifest
@@ -17,6 +18,7 @@ from pipelines.names import nearest
 from transforms.errors import DataError, UsageError
 
 CHECKS = ("size", "sha256", "none")
+BRAIN_ALONE: Mapping[str, str] = {"mask": MASK_ROLE}
 
 
 def load_manifest(
@@ -80,6 +82,7 @@ def case_items(
     modalities: Sequence[str] | None = None,
     fold: int | None = None,
     label_key: str = "label",
+    masks: Mapping[str, str] = BRAIN_ALONE,
 ) -> list[dict[str, Any]]:
     """Return one item per case of a split, as the transform chain takes them.
 
@@ -89,10 +92,11 @@ def case_items(
         modalities: channels of the image, in this order; the manifest's where None.
         fold: use the stored folds: ``validation`` is the non-test cases of this fold, ``train`` those of the others.
         label_key: key of the label map.
+        masks: key -> role of a mask in the manifest.
 
     Returns:
         Dictionaries with ``case``, ``subject``, ``image`` (absolute paths, None for an optional modality that is
-        missing), ``channels`` (index on the fourth axis, or None), ``label_key`` and ``mask`` (the brain mask) where
+        missing), ``channels`` (index on the fourth axis, or None), ``label_key`` and the keys of ``masks`` where
         there are such files, ``digests`` (sha256 under the same keys), ``label_values`` ([source value, label id]
         pairs), and ``annotated`` (label ids) where the case is annotated in part.
 
@@ -112,7 +116,7 @@ def case_items(
             f"it is empty: {len(manifest.cases)} cases are all in other splits",
             "import the cohort with training cases, or use it for evaluation only",
         )
-    return [_item(manifest, case, wanted, label_key) for case in cases]
+    return [_item(manifest, case, wanted, label_key, masks) for case in cases]
 
 
 def _cases_of(manifest: Manifest, split: str, fold: int | None) -> list[Case]:
@@ -134,7 +138,9 @@ def _check_fold(manifest: Manifest, fold: int | None) -> None:
         )
 
 
-def _item(manifest: Manifest, case: Case, modalities: Sequence[str], label_key: str) -> dict[str, Any]:
+def _item(
+    manifest: Manifest, case: Case, modalities: Sequence[str], label_key: str, masks: Mapping[str, str]
+) -> dict[str, Any]:
     images = [case.images.get(name) for name in modalities]
     item: dict[str, Any] = {
         "case": case.id,
@@ -144,7 +150,8 @@ def _item(manifest: Manifest, case: Case, modalities: Sequence[str], label_key: 
         "label_values": [[value, label] for value, label in sorted(manifest.label_values().items())],
         "digests": {"image": [None if entry is None else entry.sha256 for entry in images]},
     }
-    for key, file in ((label_key, case.label), ("mask", case.masks.get("brain"))):
+    files = {label_key: case.label, **{key: case.masks.get(role) for key, role in masks.items()}}
+    for key, file in files.items():
         if file is not None:
             item[key] = str(manifest.root / file.path)
             item["digests"][key] = file.sha256

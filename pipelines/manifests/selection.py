@@ -89,6 +89,21 @@ def contract_items(
     return [_with_foreground(item, contract["foreground"]) for item in items]
 
 
+def pair_items(
+    manifest: Manifest, split: str, contract: Mapping[str, Any], fold: int | None = None
+) -> list[dict[str, Any]]:
+    """Return the items of a split for a fusion: two modalities, and the masks of brain and bone where there are any.
+
+    Raises:
+        UsageError: the cohort lacks a modality of the contract.
+        DataError: the split is empty.
+    """
+    modalities = chosen_modalities(manifest, contract["modalities"])
+    items = case_items(manifest, split, modalities=modalities, fold=fold, masks={"mask": MASK_ROLE, "bone": "bone"})
+    _refuse_empty(items, manifest, split)
+    return items
+
+
 def reference_items(
     manifest: Manifest, split: str, contract: Mapping[str, Any], fold: int | None = None
 ) -> list[dict[str, Any]]:

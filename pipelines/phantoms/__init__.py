@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pipelines.phantoms.anatomy import Anatomy, Pose, head_anatomy
-from pipelines.phantoms.head import HeadSubject, head_subject, write_head_cohort
+from pipelines.phantoms.cohorts import write_head_cohort, write_pair_cohort
+from pipelines.phantoms.head import HeadSubject, head_subject
 from pipelines.phantoms.lesions import DEFAULT_LESIONS, LesionPrior, draw_lesion_load, random_lesions
 from pipelines.phantoms.signal import TISSUE_SD
 
@@ -19,4 +20,5 @@ __all__ = [
     "head_subject",
     "random_lesions",
     "write_head_cohort",
+    "write_pair_cohort",
 ]

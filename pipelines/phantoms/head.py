@@ -7,14 +7,9 @@ lesions are placed. Images hold whole numbers, as a scanner stores them.
 
 from __future__ import annotations
 
-import gzip
-import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,7 +26,7 @@ from pipelines.phantoms.signal import (
     tissue_signal,
     varied_tissues,
 )
-from transforms.errors import ResourceError, UsageError
+from transforms.errors import UsageError
 
 MR_NOISE = 0.04
 CT_NOISE_HU = 4.0
@@ -74,6 +69,7 @@ def head_subject(
     skull: bool = True,
     lesions: LesionPrior = DEFAULT_LESIONS,
     tissue_sd: float = TISSUE_SD,
+    clean: bool = False,
 ) -> HeadSubject:
     """Generate one subject.
 
@@ -89,11 +85,12 @@ def head_subject(
         skull: False leaves the brain alone in air.
         lesions: how much lesion, and how bright.
         tissue_sd: relative standard deviation over subjects of every property of every tissue.
+        clean: without noise and bias field, a reference for what degrades images.
 
     Raises:
         UsageError: an argument is out of its range, or nilearn is missing for ``mni152``.
     """
-    _check_modalities(modalities)
+    check_modalities(modalities)
     if seed < 0 or subject_index < 0:
         raise UsageError(
             f"head phantom, seed {seed}, subject {subject_index}", "both must be 0 or more", "choose others"
@@ -110,7 +107,7 @@ def head_subject(
     label = (lesion_fraction > 0.5).astype(np.uint8)
     return HeadSubject(
         subject=f"head_{subject_index:03d}",
-        images={modality: _image(modality, diseased, tissues, generators[modality]) for modality in modalities},
+        images={m: _image(m, diseased, tissues, generators[m], clean) for m in modalities},
         lesion=label,
         brain=anatomy.brain.astype(np.uint8),
         bone=anatomy.bone.astype(np.uint8),
@@ -126,71 +123,8 @@ def with_lesions(anatomy: Anatomy, lesion_fraction: NDArray[np.float32]) -> Anat
     return replace(anatomy, fractions={**fractions, "lesion": lesion_fraction})
 
 
-def write_head_cohort(
-    folder: str | Path,
-    subjects: int = 12,
-    spacing_mm: Sequence[float] = (2.0, 2.0, 2.0),
-    seed: int = 0,
-    modalities: Sequence[str] = ("flair", "t1", "t2"),
-    source: str = "auto",
-    skull: bool = True,
-    lesions: LesionPrior = DEFAULT_LESIONS,
-    tissue_sd: float = TISSUE_SD,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Path]:
-    """Write a cohort as ``<folder>/<subject>/{<modality>,lesion,brain}.nii.gz``, and ``bone.nii.gz`` beside a ``ct``.
-
-    Images are int16 (CT in HU), masks uint8, all in mm. Two calls with the same arguments write the same bytes. The
-    folder appears complete or not at all.
-
-    Args:
-        folder: must not exist, or be empty.
-        subjects: how many, named head_000, head_001, ...
-        spacing_mm: voxel size, as in ``head_anatomy``.
-        seed: of the cohort.
-        modalities: any of ``t1``, ``t2``, ``flair``, ``ct``.
-        source: ``mni152``, ``ellipsoid`` or ``auto``.
-        skull: False leaves the brain alone in air.
-        lesions: how much lesion, and how bright.
-        tissue_sd: relative standard deviation over subjects of every property of every tissue.
-        progress: called with (subjects written, subjects in all) after each subject.
-
-    Returns:
-        The subjects' folders.
-
-    Raises:
-        UsageError: the folder is not empty or an argument is out of its range.
-        ResourceError: the files cannot be written.
-    """
-    folder = Path(folder)
-    _check_modalities(modalities)
-    if subjects < 1:
-        raise UsageError(
-            f"head cohort {folder}, subjects {subjects}", "a cohort needs at least one", "ask for 1 or more"
-        )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(
-            f"head cohort {folder}", "it exists and is not an empty folder", "remove it or choose another folder"
-        )
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-            partial = Path(scratch, "cohort")
-            for index in range(subjects):
-                _write_subject(
-                    partial, head_subject(seed, index, spacing_mm, modalities, source, skull, lesions, tissue_sd)
-                )
-                if progress:
-                    progress(index + 1, subjects)
-            os.replace(partial, folder)
-    except OSError as error:
-        raise ResourceError(
-            f"head cohort {folder}", f"cannot write: {error}", "check disk space and permissions"
-        ) from error
-    return sorted(folder.iterdir())
-
-
-def _check_modalities(modalities: Sequence[str]) -> None:
+def check_modalities(modalities: Sequence[str]) -> None:
+    """Raise ``UsageError`` unless ``modalities`` are different ones of ``MODALITIES``, at least one."""
     unknown = [m for m in modalities if m not in MODALITIES]
     if unknown or not modalities or len(set(modalities)) < len(modalities):
         raise UsageError(
@@ -201,30 +135,16 @@ def _check_modalities(modalities: Sequence[str]) -> None:
 
 
 def _image(
-    modality: str, anatomy: Anatomy, tissues: dict[str, Tissue], rng: np.random.Generator
+    modality: str, anatomy: Anatomy, tissues: dict[str, Tissue], rng: np.random.Generator, clean: bool
 ) -> NDArray[np.float32]:
     signals = {name: tissue_signal(modality, tissue) for name, tissue in tissues.items()}
-    clean = tissue_image(anatomy.fractions, signals)
+    image = tissue_image(anatomy.fractions, signals)
     if modality == "ct":
-        noisy = clean + CT_NOISE_HU * rng.standard_normal(clean.shape)
-        return np.clip(np.rint(noisy), *_CT_RANGE_HU).astype(np.float32)
+        image = image if clean else image + CT_NOISE_HU * rng.standard_normal(image.shape)
+        return np.clip(np.rint(image), *_CT_RANGE_HU).astype(np.float32)
     white = tissue_signal(modality, TISSUES["white"])
     gain = MR_WHITE / white * np.exp(_GAIN_LOG_SD * rng.standard_normal())
-    received = gain * clean * bias_field(anatomy.brain, rng)
-    return np.rint(rician_noise(received, MR_NOISE * gain * white, rng)).astype(np.float32)
-
-
-def _write_subject(cohort: Path, subject: HeadSubject) -> None:
-    folder = cohort / subject.subject
-    folder.mkdir(parents=True)
-    arrays: dict[str, NDArray[np.generic]] = {
-        modality: image.astype(np.int16) for modality, image in subject.images.items()
-    }
-    arrays |= {"lesion": subject.lesion, "brain": subject.brain}
-    if "ct" in arrays:
-        arrays["bone"] = subject.bone
-    for name, array in arrays.items():
-        image = nib.Nifti1Image(array, subject.affine)
-        image.header.set_xyzt_units("mm")
-        with open(folder / f"{name}.nii.gz", "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed:
-            packed.write(image.to_bytes())
+    received = gain * image
+    if not clean:
+        received = rician_noise(received * bias_field(anatomy.brain, rng), MR_NOISE * gain * white, rng)
+    return np.rint(received).astype(np.float32)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from bundle_runs import BUNDLE, import_data, monai_bundle, write_tiny_data
 
-from pipelines.demo import head_cohort
+from pipelines.embedded import head_cohort
 
 # what is small enough for a test and still learns; the rest is the bundle's default
 SMALL = ["--spacing", "[3.0,3.0,3.0]", "--patch_size", "[32,32,32]", "--filters", "[16,32,64]", "--max_epochs", "24"]

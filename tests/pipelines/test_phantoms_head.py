@@ -6,6 +6,7 @@ import hashlib
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from scipy import ndimage
 
 from pipelines.phantoms import anatomy as anatomy_module
+from pipelines.phantoms import cohorts as cohorts_module
 from pipelines.phantoms import head as head_module
 from pipelines.phantoms.anatomy import (
     MAX_ROTATION_DEG,
@@ -22,7 +24,8 @@ from pipelines.phantoms.anatomy import (
     head_anatomy,
     random_pose,
 )
-from pipelines.phantoms.head import MODALITIES, HeadSubject, head_subject, with_lesions, write_head_cohort
+from pipelines.phantoms.cohorts import write_head_cohort, write_pair_cohort
+from pipelines.phantoms.head import MODALITIES, HeadSubject, head_subject, with_lesions
 from pipelines.phantoms.lesions import LesionPrior, draw_lesion_load, random_lesions
 from pipelines.phantoms.signal import (
     FLAIR_TE_MS,
@@ -212,7 +215,7 @@ def test_contrast_of_the_table_is_that_of_the_modality(modality: str, brightest_
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_images_of_a_subject_show_the_contrast_of_the_table(modality: str, mni: Anatomy) -> None:
     head = with_lesions(mni, random_lesions(mni, np.random.default_rng(0), 10.0))
-    made = head_module._image(modality, head, varied_tissues(np.random.default_rng(1)), np.random.default_rng(2))
+    made = head_module._image(modality, head, varied_tissues(np.random.default_rng(1)), np.random.default_rng(2), False)
     ventricles = pure(head, "csf") & ndimage.binary_erosion(head.brain, iterations=4)
     regions = {"csf": ventricles, "grey": pure(head, "grey"), "white": pure(head, "white")}
     regions["lesion"] = head.fractions["lesion"] > 0.7
@@ -446,17 +449,36 @@ def test_cohort_fills_an_empty_folder(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_when_a_subject_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = head_module._write_subject
+    write = cohorts_module.write_volumes
 
-    def full_disk(cohort: Path, made: HeadSubject) -> None:
-        if made.subject == "head_001":
+    def full_disk(folder: Path, *content: Any) -> None:
+        if folder.name == "head_001":
             raise OSError(28, "No space left on device")
-        write(cohort, made)
+        write(folder, *content)
 
-    monkeypatch.setattr(head_module, "_write_subject", full_disk)
+    monkeypatch.setattr(cohorts_module, "write_volumes", full_disk)
     with pytest.raises(ResourceError, match="No space left"):
         write_head_cohort(tmp_path / "cohort", 2, COARSE, modalities=["t1"], source="ellipsoid")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pairs_are_clean_and_hold_the_same_ct(tmp_path: Path) -> None:
+    """One folder per contrast; without noise the same tissue has the same value everywhere."""
+    (folder,) = write_pair_cohort(tmp_path / "pairs", 1, COARSE, contrasts=["t1", "flair"], source="ellipsoid")
+    assert sorted(p.name for p in folder.iterdir()) == ["flair", "t1"]
+    assert (folder / "t1" / "ct.nii.gz").read_bytes() == (folder / "flair" / "ct.nii.gz").read_bytes()
+    ct, mri, brain = (np.asarray(nib.load(folder / "t1" / f"{n}.nii.gz").dataobj) for n in ("ct", "mri", "brain"))
+    air = ct == -1000
+    assert air.mean() > 0.3
+    assert not mri[air].any()
+    noisy = head_subject(0, 0, COARSE, ["t1"], "ellipsoid").images["t1"]
+    assert np.corrcoef(mri[brain > 0], noisy[brain > 0])[0, 1] > 0.9
+    assert not np.array_equal(mri, noisy)
+
+
+def test_a_pair_has_one_ct(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="ct is there in every pair"):
+        write_pair_cohort(tmp_path / "pairs", 1, COARSE, contrasts=["t1", "ct"])
 
 
 def test_pose_is_applied_to_the_anatomy_before_the_lesions(monkeypatch: pytest.MonkeyPatch) -> None:
