@@ -10,6 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ class TensorBoardLog:
         colours: ``#rrggbb`` per label id.
         labels: name per label id, for the precision-recall curves; 0, the background, has none. Empty = no curves.
         overlay_cases: how many cases are drawn.
-        channel: the image's channel that is shown.
+        pictures: draws a case of the validation, RGB rows in [0, 1] by name; None = image, truth and prediction of a
+            segmentation, in ``colours``.
         active: whether anything is opened or written; one process of a run does. The counts of the curves are summed
             over all processes, so every one of them needs its log.
     """
@@ -65,16 +67,15 @@ class TensorBoardLog:
         colours: Mapping[int, str],
         labels: Mapping[int, str] | None = None,
         overlay_cases: int = 2,
-        channel: int = 0,
+        pictures: Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]] | None = None,
         active: bool = True,
     ) -> None:
         self.folder = Path(folder)
         self.rates = rates
         self.validator = validator
-        self.colours = dict(colours)
+        self.pictures = pictures or partial(segmentation_pictures, colours=dict(colours))
         self.labels = {int(value): name for value, name in (labels or {}).items() if int(value) != 0}
         self.overlay_cases = overlay_cases
-        self.channel = channel
         self.active = active
         self._open: SummaryWriter | None = None
         self._counts = self._no_counts()
@@ -184,12 +185,9 @@ class TensorBoardLog:
         if evaluator.state.iteration > self.overlay_cases:
             return
         for item, batch in zip(evaluator.state.output, evaluator.state.batch, strict=True):
-            image, label, prediction = (np.asarray(item[key].cpu()) for key in ("image", "label", "pred"))
-            slices = {"middle": image.shape[-1] // 2, "most_lesioned": most_labelled_slice(label[0])}
-            for name, index in slices.items():
-                panels = overlay_panels(image[self.channel], label[0], prediction[0], index, self.colours)
+            for name, picture in self.pictures(item).items():
                 tag = f"overlay/{batch['case']}/{name}"
-                self.writer.add_image(tag, panels, evaluator.state.epoch, dataformats="HWC")
+                self.writer.add_image(tag, picture, evaluator.state.epoch, dataformats="HWC")
 
     def _count(self, evaluator: Engine) -> None:
         logits, label = (convert_to_tensor(evaluator.state.output[key]) for key in ("pred", "label"))
@@ -222,6 +220,13 @@ class TensorBoardLog:
     def _close_and_raise(self, engine: Engine, exception: BaseException) -> None:
         self.close()
         raise exception  # an ignite engine takes an exception that has a handler for dealt with
+
+
+def segmentation_pictures(item: Mapping[str, Any], colours: Mapping[int, str]) -> dict[str, np.ndarray]:
+    """Return the middle and the most lesioned slice of a case: image (first channel), truth and prediction."""
+    image, label, prediction = (np.asarray(item[key].cpu()) for key in ("image", "label", "pred"))
+    slices = {"middle": image.shape[-1] // 2, "most_lesioned": most_labelled_slice(label[0])}
+    return {n: overlay_panels(image[0], label[0], prediction[0], index, colours) for n, index in slices.items()}
 
 
 def binned_counts(probability: torch.Tensor, truth: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:

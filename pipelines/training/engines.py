@@ -6,11 +6,12 @@ as an argument. ``pipelines.training.run`` takes a run through its phases.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from ignite.metrics import Metric
@@ -56,6 +57,7 @@ class EngineSettings:
         min_delta: what counts as an improvement of the validator's metric.
         colours: ``#rrggbb`` per label id, for the overlays.
         labels: name per label id, for the precision-recall curves.
+        pictures: draws a case of the validation; None = as a segmentation.
         handlers: further ignite handlers of the bundle.
     """
 
@@ -70,6 +72,7 @@ class EngineSettings:
     min_delta: float
     colours: Mapping[int, str]
     labels: Mapping[int, str]
+    pictures: Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]] | None
     handlers: Sequence[Any]
 
 
@@ -180,7 +183,15 @@ def phase_engine(
     if validator is not None:
         standard.append(Validate(validator, settings.validation_interval, settings.metrics))
     standard.append(keeper)
-    board = TensorBoardLog(tensorboard, rates, validator, settings.colours, settings.labels, active=is_main_process())
+    board = TensorBoardLog(
+        tensorboard,
+        rates,
+        validator,
+        settings.colours,
+        settings.labels,
+        pictures=settings.pictures,
+        active=is_main_process(),
+    )
     parts["board"] = board
     standard += [board, ReportProgress(validator, rates)]
     if mlflow is not None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import yaml
 from ignite.engine import Engine, Events
@@ -67,6 +68,7 @@ class TrainingRun:
         header: what the weights' header says besides epoch and metric (must hold the ``contract``).
         colours: ``#rrggbb`` per label id, for the overlays.
         labels: name per label id.
+        pictures: draws a case of the validation for TensorBoard; None = as a segmentation.
         device, inferer, precision: of a training step.
         workers: processes that prepare samples.
         clip_norm: largest total norm of the gradient.
@@ -111,6 +113,7 @@ class TrainingRun:
         sizes: Mapping[str, Any] | None = None,
         knobs: str = "take a smaller batch_size, then a smaller patch_size",
         mlflow_uri: str = "",
+        pictures: Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]] | None = None,
         handlers: Sequence[Any] = (),
     ) -> None:
         self.network, self.average = network, average
@@ -132,6 +135,7 @@ class TrainingRun:
             min_delta=min_delta,
             colours=colours,
             labels=labels,
+            pictures=pictures,
             handlers=handlers,
         )
         self.mlflow_uri = mlflow_uri
