@@ -11,12 +11,13 @@ windows, each brought to -2 .. 2, the range of the z-score: neither input drowns
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from monai.transforms import MapTransform
 
+from transforms.diffusion import LABEL_CHANNELS
 from transforms.errors import BundleError, DataError
 from transforms.intensity import HUWindow, Windows, clip_percentiles_in_mask, measure_statistics, require_hounsfield
 from transforms.masks import as_boolean_mask, as_numpy, case_name, like, require_finite, require_foreground, require_key
@@ -26,7 +27,7 @@ CONDITION_RANGE = (-2.0, 2.0)
 CT_DISPLAY_HU = 1500.0
 # HU: below the first a voxel is soft tissue, above the second bone. Calcified soft tissue and marrow lie in between.
 BONE_RAMP_HU = (100.0, 300.0)
-REFERENCE_CHANNELS = ("target", "mri", "ct", "brain", "bone", "lesion", "weight")
+REFERENCE_CHANNELS = LABEL_CHANNELS[:-1]  # AddDiffusionNoised adds the last one, the weight of the sample
 
 
 def measure_mri(mri: np.ndarray, head: np.ndarray, lower: float, upper: float) -> np.ndarray:
@@ -65,7 +66,7 @@ def ct_display(hounsfield: np.ndarray) -> np.ndarray:
 def bone_share(hounsfield: np.ndarray) -> np.ndarray:
     """Return how much a voxel is bone by its HU: 0 up to 100, 1 from 300 on, linear between."""
     low, high = BONE_RAMP_HU
-    return np.clip((hounsfield.astype(np.float32) - low) / (high - low), 0, 1)
+    return np.clip((hounsfield.astype(np.float32) - low) / (high - low), 0, 1).astype(np.float32)
 
 
 def fusion_target(mri: np.ndarray, ct: np.ndarray, hounsfield: np.ndarray, brain: np.ndarray) -> np.ndarray:
@@ -131,11 +132,10 @@ class MeasurePaird(MapTransform):
 
 
 class FusionReferenced(MapTransform):
-    """Make what a fusion is trained on and measured by from the pair as it came in: (7, *spatial) float32.
+    """Make what a fusion is trained on and measured by from the pair as it came in: (6, *spatial) float32.
 
     Channels, as in ``REFERENCE_CHANNELS``: target on the scale of the diffusion (2 display - 1), MRI and CT in display
-    units, masks of brain, bone and lesion, and a weight of 1 that the noise replaces. It stands before any degradation:
-    what a scanner spoils is not what is asked for.
+    units, masks of brain, bone and lesion. It stands before any degradation: what a scanner spoils is not asked for.
 
     Args:
         keys: the pair.
@@ -171,7 +171,7 @@ class FusionReferenced(MapTransform):
             mri = mri_display(pair[MRI], require_key(output, self.scale_key, name, "MeasurePaird"))
             ct = ct_display(pair[CT])
             target = 2 * fusion_target(mri, ct, pair[CT], brain) - 1
-            channels = np.stack([target, mri, ct, brain, bone, lesion, np.ones(bone.shape)]).astype(np.float32)
+            channels = np.stack([target, mri, ct, brain, bone, lesion]).astype(np.float32)
             output[self.reference_key] = like(channels, output[key])
         return output
 
@@ -181,7 +181,7 @@ class FusionConditiond(MapTransform):
 
     Args:
         keys: the pair.
-        windows: of the CT, as of ``HUWindow``: name -> (level, width) in HU.
+        windows: of the CT: (level, width) in HU of each channel, or as of ``HUWindow``.
         scale_key: of ``MeasurePaird``.
         pair_key: where the pair stays, for the rules that a network is compared with; None = nowhere.
     """
@@ -204,6 +204,12 @@ class FusionConditiond(MapTransform):
                 output[self.pair_key] = output[key]
             output[key] = like(condition, output[key])
         return output
+
+
+def _named(windows: Windows | Sequence[Sequence[float]]) -> Windows:
+    if isinstance(windows, (str, Mapping)) or any(isinstance(window, str) for window in windows):
+        return windows  # type: ignore[return-value]
+    return {f"{level:g}/{width:g}": (float(level), float(width)) for level, width in windows}
 
 
 def _pair(image: Any, where: str) -> np.ndarray:

@@ -2,8 +2,10 @@
 
 from pipelines.inference.components import RemoveSmallComponents, RemoveSmallComponentsd, remove_small_components
 from pipelines.inference.ensemble import EnsembleInferer, SplitUncertaintyd, predictive_entropy
+from pipelines.inference.fusion_output import SaveFusion
 from pipelines.inference.inferers import AutocastInferer, FlipAveragingInferer, choose_precision
 from pipelines.inference.output import SavePredictions, segmentation_nifti, uncertainty_nifti, volumes
+from pipelines.inference.sampling import SamplingInferer, ddim_step, sampling_times
 
 __all__ = [
     "AutocastInferer",
@@ -11,11 +13,15 @@ __all__ = [
     "FlipAveragingInferer",
     "RemoveSmallComponents",
     "RemoveSmallComponentsd",
+    "SamplingInferer",
+    "SaveFusion",
     "SavePredictions",
     "SplitUncertaintyd",
     "choose_precision",
+    "ddim_step",
     "predictive_entropy",
     "remove_small_components",
+    "sampling_times",
     "segmentation_nifti",
     "uncertainty_nifti",
     "volumes",

@@ -53,11 +53,31 @@ def uncertainty_nifti(uncertainty: np.ndarray, source: str | Path, name: str) ->
     Raises:
         BundleError: the shapes differ, or a value is not finite or negative.
     """
-    content = _nifti_on_grid_of(source, uncertainty, np.dtype(np.float32), f"{name} (nats)")
     if not (np.isfinite(uncertainty).all() and (uncertainty >= 0).all()):
         raise BundleError(
             f"{source}: the {name} has values that are no uncertainty",
             f"{int((~np.isfinite(uncertainty)).sum())} not finite, {int((uncertainty < 0).sum())} negative",
+            "the network's output is not finite: look at the image and at the weights",
+        )
+    return image_nifti(uncertainty, source, f"{name} (nats)")
+
+
+def image_nifti(voxels: np.ndarray, source: str | Path, name: str) -> bytes:
+    """Return a gzipped NIfTI (float32) of an image, on the grid of ``source`` as a label map's.
+
+    Args:
+        voxels: (X, Y, Z), on the grid of ``source``.
+        source: the NIfTI image that it was made from.
+        name: what it is; stands in the header.
+
+    Raises:
+        BundleError: the shapes differ, or a value is not finite.
+    """
+    content = _nifti_on_grid_of(source, voxels, np.dtype(np.float32), name)
+    if not np.isfinite(voxels).all():
+        raise BundleError(
+            f"{source}: the {name} image has values that are not finite",
+            f"{int((~np.isfinite(voxels)).sum())} of {voxels.size} voxels",
             "the network's output is not finite: look at the image and at the weights",
         )
     return gzip.compress(content, compresslevel=1, mtime=0)  # the last bits of floats do not compress

@@ -1,4 +1,4 @@
-"""Networks: a plan from spacing and patch size, and the segmentation networks built from it."""
+"""Networks: a plan from spacing and patch size, and the segmentation networks and denoisers built from it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from pipelines.networks.denoiser import ConditionalDenoiser, conditional_denoiser
 from pipelines.networks.dynunet import PlannedDynUNet, dynunet
 from pipelines.networks.plan import UNetPlan, plan_unet
 from pipelines.networks.slice_stack import SliceStackNetwork
 from transforms.errors import BundleError
 
-__all__ = ["PlannedDynUNet", "SliceStackNetwork", "UNetPlan", "dynunet", "plan_unet", "segmentation_network"]
+__all__ = [
+    "ConditionalDenoiser",
+    "PlannedDynUNet",
+    "SliceStackNetwork",
+    "UNetPlan",
+    "conditional_denoiser",
+    "dynunet",
+    "plan_unet",
+    "segmentation_network",
+]
 
 
 def segmentation_network(

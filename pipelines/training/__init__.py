@@ -7,6 +7,8 @@ from pipelines.training.distributed import join_processes, leave_processes
 from pipelines.training.engines import device_of, training_inferer, validator_or_none
 from pipelines.training.ensembles import common_contract, load_members, refuse_seen_cases
 from pipelines.training.evaluation import CaseCalibration, CaseMetrics, ReportCases
+from pipelines.training.fusion import ValidationFusion, fusion_pictures, load_lesion_head
+from pipelines.training.fusion_evaluation import FusionCases, at_severities, lesion_reader
 from pipelines.training.landmarks import read_landmarks
 from pipelines.training.phases import plan_phases
 from pipelines.training.results import find_checkpoint, find_weights, prediction_folder, results_folder, source_of
@@ -19,19 +21,25 @@ from pipelines.training.validation import ValidationDice
 __all__ = [
     "CaseCalibration",
     "CaseMetrics",
+    "FusionCases",
     "PatchDataset",
     "ReportCases",
     "TrainingRun",
     "ValidationDice",
+    "ValidationFusion",
     "VolumeDataset",
+    "at_severities",
     "averaged_network",
     "common_contract",
     "crop_with_margin",
     "device_of",
     "find_checkpoint",
     "find_weights",
+    "fusion_pictures",
     "join_processes",
     "leave_processes",
+    "lesion_reader",
+    "load_lesion_head",
     "load_members",
     "load_weights",
     "open_run",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
@@ -10,13 +11,17 @@ import numpy as np
 import torch
 from ignite.engine import Engine
 from ignite.metrics import Metric
+from torch import nn
 
 from pipelines.metrics import image_quality
+from pipelines.networks import segmentation_network
 from pipelines.reports.overlay import to_grey, upright
-from transforms.errors import DataError
+from pipelines.training.checkpoints import load_weights, read_contract
+from transforms.errors import BundleError, DataError
 from transforms.fusion import REFERENCE_CHANNELS
 
 DISPLAY_RANGE = 1.0  # width of the display units: SSIM and PSNR take it from here
+LESION_HEAD = "lesion head"  # in the contract of such weights
 FIGURES = ("brain_ssim", "bone_ssim", "bone_psnr_db")
 
 
@@ -78,18 +83,48 @@ class ValidationFusion(Metric):
         return idist.all_reduce(self._totals.clone())
 
 
+def load_lesion_head(path: str | Path, device: torch.device | str = "cpu") -> nn.Module | None:
+    """Return the trained network that reads lesions from fused images, in eval mode; None for an empty path.
+
+    It maps (B, 1, *spatial) in display units to logits (B, 2, *spatial).
+
+    Raises:
+        BundleError: there are no such weights, or they are of another kind of network.
+    """
+    if not path:
+        return None
+    contract = read_contract(path)
+    if contract.get("network") != LESION_HEAD:
+        raise BundleError(
+            f"lesion_head {path}: no lesion head",
+            f"its contract says network {contract.get('network')!r}",
+            "train one with configs/train_lesion_head.yaml",
+        )
+    network = segmentation_network(
+        2.5, 1, 2, contract["spacing"], contract["patch_size"], contract["filters"], stack_slices=1
+    )
+    return load_weights(network, path).to(device).eval()
+
+
 def roi_figures(fused: np.ndarray, reference: np.ndarray) -> dict[str, float | None]:
     """Return SSIM in the brain against the MRI, SSIM and PSNR (dB) in the bone against the CT; None without the ROI.
+
+    Outside of its ROI the reference stands in for the fused image: a window of 11 voxels is wider than the skull, and
+    would measure the tissue beside it.
 
     Args:
         fused: (X, Y, Z) display units.
         reference: channels of ``FusionReferenced``.
     """
     channel = dict(zip(REFERENCE_CHANNELS, reference, strict=True))
-    options: dict[str, Any] = {"data_range": DISPLAY_RANGE, "border": "reflect"}
-    brain = image_quality(fused, channel["mri"], roi=channel["brain"] > 0.5, metrics=("ssim",), **options)
-    bone = image_quality(fused, channel["ct"], roi=channel["bone"] > 0.5, metrics=("ssim", "psnr_db"), **options)
-    return {"brain_ssim": brain["ssim"], "bone_ssim": bone["ssim"], "bone_psnr_db": bone["psnr_db"]}
+    figures: dict[str, float | None] = {}
+    for roi, source, wanted in (("brain", "mri_display", ("ssim",)), ("bone", "ct_display", ("ssim", "psnr_db"))):
+        inside, truth = channel[roi] > 0.5, channel[source]
+        row = image_quality(
+            np.where(inside, fused, truth), truth, DISPLAY_RANGE, inside, metrics=wanted, border="reflect"
+        )
+        figures |= {f"{roi}_{name}": row[name] for name in wanted}
+    return figures
 
 
 def fusion_pictures(item: Mapping[str, Any]) -> dict[str, np.ndarray]:

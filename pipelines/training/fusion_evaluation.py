@@ -1,0 +1,244 @@
+"""Measure a fusion and the rules that it has to beat on the same degraded pairs, against the clean reference.
+
+Every case is measured at every severity. A row of ``per_case.csv`` is one method on one case; its label is
+``<method> @<severity>``, so that the tables and intervals of every other evaluation serve here as well. The reference
+stays with the truth: no method sees it, but the composite by masks, which is there as an oracle and called so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.inferers import SlidingWindowInferer
+
+from pipelines.files import write_json
+from pipelines.metrics import segmentation_metrics, summarise
+from pipelines.metrics.fusion import HIGHER_IS_BETTER, error_uncertainty, fusion_figures
+from pipelines.metrics.ranks import compare_methods, mean_ranks
+from pipelines.reports.tables import format_table, read_per_case_csv, write_per_case_csv, write_summary_json
+from pipelines.training.checkpoints import read_contract
+from pipelines.training.fusion import load_lesion_head
+from transforms.errors import DataError, UsageError
+from transforms.fusion import CT, MRI, REFERENCE_CHANNELS, ct_display, mri_display
+from transforms.fusion_rules import FUSION_RULES, hard_composite
+
+logger = logging.getLogger(__name__)
+
+ORACLE = "masks (oracle)"
+MRI_ALONE = "mri alone"
+LESION_FIGURES = ("dice", "hd95_mm", "nsd")
+RANKED = ("brain_ssim_within", "bone_psnr_db", "bone_ssim_within", "lesion_dice")
+
+Case = Mapping[str, Any]
+
+
+def at_severities(
+    items: Sequence[Mapping[str, Any]], severities: Sequence[float], shifts_mm: Sequence[float] = ()
+) -> list[dict[str, Any]]:
+    """Return every item once per severity, and once per shift of the CT alone; the case's name says which.
+
+    ``scan`` keeps the case's own name, ``severity`` is what ``DegradePaird`` reads.
+    """
+    levels: dict[str, float | dict[str, float]] = {f"{level:g}": float(level) for level in severities}
+    levels |= {f"shift {mm:g} mm": {"shift_mm": float(mm)} for mm in shifts_mm}
+    return [
+        {**item, "case": f"{item['case']}@{name}", "scan": item["case"], "severity": severity}
+        for name, severity in levels.items()
+        for item in items
+    ]
+
+
+def lesion_reader(path: str | Path, device: torch.device) -> LesionReader | None:
+    """Return the reader of the weights at ``path``; None for an empty path."""
+    network = load_lesion_head(path, device)
+    return None if network is None else LesionReader(network, read_contract(path)["patch_size"], device)
+
+
+class LesionReader:
+    """A trained lesion head, applied to fused images: a real segmentation, which never sees the truth.
+
+    Args:
+        network: of ``load_lesion_head``: (B, 1, *spatial) in display units to logits (B, 2, *spatial).
+        patch_size: windows of the network, voxels.
+        device: where it runs.
+    """
+
+    def __init__(self, network: torch.nn.Module, patch_size: Sequence[int], device: torch.device) -> None:
+        self.network = network
+        self.inferer = SlidingWindowInferer(patch_size, sw_batch_size=16, overlap=0.25, mode="gaussian")
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, fused: np.ndarray) -> np.ndarray:
+        """Return the lesion mask (X, Y, Z) bool of a fused image (X, Y, Z) in display units."""
+        image = torch.as_tensor(fused, dtype=torch.float32, device=self.device)[None, None]
+        logits = self.inferer(image, self.network)
+        assert isinstance(logits, torch.Tensor)
+        return logits.argmax(1)[0].cpu().numpy() > 0
+
+
+class FusionCases:
+    """Measure every fused case and its rivals; write ``per_case.csv``, ``summary.json`` and ``ranks.json``.
+
+    Args:
+        method: what the network is called in the tables.
+        folder: the run's ``metrics``.
+        source: of what these are results (``source_of``).
+        subjects: subject of each case (with its severity), the unit of the bootstrap.
+        spacing_mm: of the grid that the network works on.
+        lesion: reads the lesion from a fused image; None = no figures of lesions.
+        compare_with: ``metrics`` folders of other evaluations of the same cases, whose networks join the ranks.
+        reference_key, pair_key, scale_key, head_key: in the batch.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        folder: str | Path,
+        source: Mapping[str, Any],
+        subjects: Mapping[str, str],
+        spacing_mm: Sequence[float],
+        lesion: Callable[[np.ndarray], np.ndarray] | None = None,
+        compare_with: Sequence[str | Path] = (),
+        reference_key: str = "label",
+        pair_key: str = "pair",
+        scale_key: str = "mri_scale",
+        head_key: str = "foreground",
+    ) -> None:
+        self.method = method
+        self.folder = Path(folder)
+        self.source = dict(source)
+        self.subjects = dict(subjects)
+        self.spacing_mm = tuple(float(s) for s in spacing_mm)
+        self.lesion = lesion
+        self.compare_with = [Path(other) for other in compare_with]
+        self.keys = {"reference": reference_key, "pair": pair_key, "scale": scale_key, "head": head_key}
+        self.rows: list[dict[str, Any]] = []
+        self.uncertainty: list[dict[str, Any]] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Register on an evaluator whose output is in display units: (1, ...), or mean and standard deviation."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.COMPLETED, self._write)
+
+    def __call__(self, engine: Engine) -> None:
+        for item, batch in zip(engine.state.output, engine.state.batch, strict=True):
+            case = batch["case"]
+            values = {name: np.asarray(torch.as_tensor(batch[key]).cpu()) for name, key in self.keys.items()}
+            fused = np.asarray(item["pred"].cpu())
+            truth = dict(zip(REFERENCE_CHANNELS, values["reference"], strict=True))
+            severity = case.rpartition("@")[2]
+            head = values["head"][0] > 0.5
+            for name, image in self._fused(fused[0], values["pair"], values["scale"], truth["bone"]).items():
+                figures = self._figures(image, truth, head, case)
+                label = {"case": case, "subject": self.subjects[case], "label": f"{name} @{severity}"}
+                self.rows.append({**label, "status": "both", **figures})
+            if len(fused) > 1:
+                target = (truth["x0"] + 1) / 2
+                spread = error_uncertainty(fused[0], target, fused[1], head, case=case)
+                self.uncertainty.append({"case": case, "subject": self.subjects[case], **spread})
+
+    def _fused(self, ours: np.ndarray, pair: np.ndarray, scale: np.ndarray, bone: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the image of every method; all but the oracle see what the network sees."""
+        mri, ct = mri_display(pair[MRI], scale), ct_display(pair[CT])
+        rules = {name: rule(mri, ct, pair[CT]) for name, rule in FUSION_RULES.items()}
+        return {self.method: ours, **rules, ORACLE: hard_composite(mri, ct, bone), MRI_ALONE: mri}
+
+    def _figures(self, image: np.ndarray, truth: Case, head: np.ndarray, case: str) -> dict[str, float | None]:
+        figures = fusion_figures(
+            image,
+            truth["mri_display"],
+            truth["ct_display"],
+            target=(truth["x0"] + 1) / 2,
+            brain=truth["brain"] > 0.5,
+            bone=truth["bone"] > 0.5,
+            head=head,
+            spacing_mm=self.spacing_mm,
+            case=case,
+        )
+        if self.lesion is None:
+            return figures
+        found, there = self.lesion(image).astype(np.uint8), (truth["lesion"] > 0.5).astype(np.uint8)
+        (row,) = segmentation_metrics(found, there, self.spacing_mm, {1: "lesion"}, case=case)
+        return {**figures, **{f"lesion_{name}": row[name] for name in LESION_FIGURES}}
+
+    def _write(self, engine: Engine) -> None:
+        summary = {"source": self.source, **summarise(self.rows)}
+        write_per_case_csv(self.rows, self.folder / "per_case.csv")
+        write_summary_json(summary, self.folder / "summary.json")
+        write_json(self.folder / "ranks.json", self._ranks())
+        if self.uncertainty:
+            write_json(self.folder / "uncertainty.json", {"cases": self.uncertainty})
+        logger.info("results of %d cases in %s\n%s", len(engine.data_loader), self.folder, format_table(summary))
+
+    def _ranks(self) -> dict[str, Any]:
+        """Return ranks and paired differences per severity; the oracle and the MRI alone are no rivals."""
+        rows = [*self.rows, *(row for other in self.compare_with for row in rows_of_network(other, self.rows))]
+        ranks = {}
+        for severity in sorted({row["case"].rpartition("@")[2] for row in rows}):
+            values = rank_values([row for row in rows if row["case"].endswith(f"@{severity}")])
+            better = {figure: HIGHER_IS_BETTER.get(figure, True) for figure in values}
+            ranks[severity] = {
+                "mean_ranks": mean_ranks(values, better),
+                "differences": compare_methods(values, better, self.method),
+            }
+        return {"method": self.method, "figures": list(RANKED), "severities": ranks}
+
+
+def rank_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Return ``values[figure][method][subject]``, the mean over the cases of a subject; one severity's rows in."""
+    values: dict[str, dict[str, dict[str, list[float | None]]]] = {}
+    for row in rows:
+        method = method_of(row)
+        if method in (ORACLE, MRI_ALONE):
+            continue
+        for figure in RANKED:
+            if figure in row:
+                own = values.setdefault(figure, {}).setdefault(method, {}).setdefault(row["subject"], [])
+                own.append(row[figure])
+    return {
+        figure: {
+            method: {subject: _mean(cases) for subject, cases in of_subject.items()}
+            for method, of_subject in of_method.items()
+        }
+        for figure, of_method in values.items()
+    }
+
+
+def method_of(row: Mapping[str, Any]) -> str:
+    """Return the method of a row: its label without the severity."""
+    return str(row["label"]).rpartition(" @")[0]
+
+
+def rows_of_network(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of the network of another evaluation, which must have measured the same cases.
+
+    Raises:
+        UsageError: there is no evaluation.
+        DataError: it measured other cases, or its network has the name of one that is there.
+    """
+    path = folder / "per_case.csv"
+    if not path.is_file():
+        raise UsageError(f"compare_with {folder}", "there is no per_case.csv", "name the metrics folder of a run")
+    known = {*FUSION_RULES, ORACLE, MRI_ALONE}
+    others = [row for row in read_per_case_csv(path) if method_of(row) not in known]
+    there, here = {row["case"] for row in others}, {row["case"] for row in rows}
+    taken = {method_of(row) for row in others} & {method_of(row) for row in rows}
+    if there != here or taken:
+        raise DataError(
+            f"compare_with {folder}",
+            f"{len(there - here)} and {len(here - there)} cases are only in one of both; same names: {sorted(taken)}",
+            "evaluate both on the same split and severities, each under a --method of its own",
+        )
+    return others
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return float(np.mean(present)) if present else None
