@@ -103,6 +103,8 @@ def _add_bundle_command(commands: Any, name: str, config: str, text: str) -> Non
         default=[],
         help="a file of the bundle to lay over, e.g. configs/variant_2_5d.yaml",
     )
+    if name == "train":
+        command.add_argument("--config", help="another training of the bundle: configs/<CONFIG>.yaml")
     if name in ("train", "evaluate"):
         command.add_argument("--folds", type=int, help=f"cross-validation: {_FOLDS[name]}")
     if name == "predict":

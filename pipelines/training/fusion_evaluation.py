@@ -172,10 +172,12 @@ class FusionCases:
         summary = {"source": self.source, **summarise(self.rows)}
         write_per_case_csv(self.rows, self.folder / "per_case.csv")
         write_summary_json(summary, self.folder / "summary.json")
-        write_json(self.folder / "ranks.json", self._ranks())
+        ranks = self._ranks()
+        write_json(self.folder / "ranks.json", ranks)
         if self.uncertainty:
             write_json(self.folder / "uncertainty.json", {"cases": self.uncertainty})
         logger.info("results of %d cases in %s\n%s", len(engine.data_loader), self.folder, format_table(summary))
+        logger.info("mean rank over %s, 1 the best\n%s", ", ".join(ranks["figures"]), format_ranks(ranks))
 
     def _ranks(self) -> dict[str, Any]:
         """Return ranks and paired differences per severity; the oracle and the MRI alone are no rivals."""
@@ -188,7 +190,8 @@ class FusionCases:
                 "mean_ranks": mean_ranks(values, better),
                 "differences": compare_methods(values, better, self.method),
             }
-        return {"method": self.method, "figures": list(RANKED), "severities": ranks}
+        figures = [figure for figure in RANKED if any(figure in row for row in rows)]
+        return {"method": self.method, "figures": figures, "severities": ranks}
 
 
 def rank_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float | None]]]:
@@ -237,6 +240,14 @@ def rows_of_network(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[dic
             "evaluate both on the same split and severities, each under a --method of its own",
         )
     return others
+
+
+def format_ranks(ranks: Mapping[str, Any]) -> str:
+    """Return a line per severity: the methods from the best to the worst, each with its mean rank."""
+    return "\n".join(
+        f"@{severity}: " + ", ".join(f"{row['method']} {row['mean_rank']:.2f}" for row in found["mean_ranks"])
+        for severity, found in ranks["severities"].items()
+    )
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
