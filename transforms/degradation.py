@@ -81,7 +81,7 @@ def severity_of(levels: float | Mapping[str, float]) -> Severity:
     by_kind = levels if isinstance(levels, Mapping) else dict.fromkeys(KINDS, levels)
     strengths: dict[str, float] = {}
     for kind, level in by_kind.items():
-        if kind not in KINDS or not 0 <= level < len(SEVERITIES):
+        if kind not in KINDS or not 0 <= level <= len(SEVERITIES) - 1:
             raise BundleError(
                 f"degradation '{kind}' at severity {level}",
                 f"the kinds are {', '.join(KINDS)}; a severity is from 0 to {len(SEVERITIES) - 1}",

@@ -22,6 +22,8 @@ from transforms.errors import BundleError, DataError
 from transforms.intensity import HUWindow, Windows, clip_percentiles_in_mask, measure_statistics, require_hounsfield
 from transforms.masks import as_boolean_mask, as_numpy, case_name, like, require_finite, require_foreground, require_key
 
+PairWindows = str | Mapping[str, tuple[float, float]] | Sequence[tuple[float, float]]
+
 MRI, CT = 0, 1  # channels of the pair
 CONDITION_RANGE = (-2.0, 2.0)
 CT_DISPLAY_HU = 1500.0
@@ -181,14 +183,16 @@ class FusionConditiond(MapTransform):
 
     Args:
         keys: the pair.
-        windows: of the CT: (level, width) in HU of each channel, or as of ``HUWindow``.
+        windows: of the CT: (level, width) in HU of each channel, also by name; or a name of ``HU_WINDOWS``.
         scale_key: of ``MeasurePaird``.
         pair_key: where the pair stays, for the rules that a network is compared with; None = nowhere.
     """
 
-    def __init__(self, keys: str, windows: Windows, scale_key: str = "mri_scale", pair_key: str | None = None) -> None:
+    def __init__(
+        self, keys: str, windows: PairWindows, scale_key: str = "mri_scale", pair_key: str | None = None
+    ) -> None:
         super().__init__(keys)
-        self.window = HUWindow(windows, CONDITION_RANGE, minimum_air=None)
+        self.window = HUWindow(_named(windows), CONDITION_RANGE, minimum_air=None)
         self.scale_key, self.pair_key = scale_key, pair_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -206,9 +210,9 @@ class FusionConditiond(MapTransform):
         return output
 
 
-def _named(windows: Windows | Sequence[Sequence[float]]) -> Windows:
-    if isinstance(windows, (str, Mapping)) or any(isinstance(window, str) for window in windows):
-        return windows  # type: ignore[return-value]
+def _named(windows: PairWindows) -> Windows:
+    if isinstance(windows, (str, Mapping)):
+        return windows
     return {f"{level:g}/{width:g}": (float(level), float(width)) for level, width in windows}
 
 

@@ -34,10 +34,11 @@ SEARCH_MM = 6.0
 SEARCH_MM_AND_STEPS = ((6.0, 3.0), (2.0, 1.0))
 PARABOLA_MM = 1.5
 SAMPLES = 40_000
-SMOOTHING_MM = 1.5
+OUTLINE_SMOOTHING_MM = 1.5
+SMOOTHING_MM = 1.0
 BINS = 32
-# Air, fat, soft tissue and bone are four things; density within bone is nothing that an MRI shows.
-CT_RANGE_HU = (-150.0, 300.0)
+# Air must be told from soft tissue: with a window from -150 HU the best affine had a scale wrong by 2 to 6 %.
+CT_RANGE_HU = (-1000.0, 1000.0)
 MRI_PERCENTILES = (0.5, 99.5)
 
 # An MRI whose outline has less of the head's volume shows the brain alone: it is compared with the CT's brain.
@@ -51,7 +52,8 @@ SHRINK_FACTORS = (4, 2, 1)
 SMOOTHING_SIGMAS_MM = (4.0, 2.0, 1.0)
 ITERATIONS = 200
 FINEST_MM = 2.0
-MINIMUM_STEP = 1e-3
+FIRST_STEP_MM = 4.0
+MINIMUM_STEP_MM = 1e-3
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def mri_outline(mri: np.ndarray, spacing_mm: Sequence[float], where: str = "mri"
     Raises:
         DataError: the image is constant.
     """
-    smooth = ndimage.gaussian_filter(mri.astype(np.float32), [SMOOTHING_MM / mm for mm in spacing_mm])
+    smooth = ndimage.gaussian_filter(mri.astype(np.float32), [OUTLINE_SMOOTHING_MM / mm for mm in spacing_mm])
     low, high = (float(value) for value in np.percentile(smooth, (0.1, 99.9)))
     if low == high:
         raise DataError(f"{where}: the MRI is constant", f"almost every voxel is {low:g}", "check the file")
@@ -150,9 +152,10 @@ def _information_of_shifts(
     voxels = np.stack(np.nonzero(region[inner] if region[inner].any() else np.ones_like(region[inner])))
     drawn = voxels[:, rng.integers(voxels.shape[1], size=SAMPLES)]
     points = drawn + margins[:, None] + rng.uniform(-0.5, 0.5, (3, SAMPLES))
+    # The window comes before the smoothing: after it, it would shift the borders of what it saturates.
     smooth_mri, smooth_ct = (
         ndimage.gaussian_filter(volume.astype(np.float32), (SMOOTHING_MM / spacing[:, 0]).tolist())
-        for volume in (mri, ct_hu)
+        for volume in (mri, np.clip(ct_hu, *CT_RANGE_HU))
     )
     sampled = ndimage.map_coordinates(smooth_mri, points, order=1, mode="nearest")
     rows = BINS * _binned(sampled, *np.percentile(sampled, MRI_PERCENTILES))
@@ -219,7 +222,7 @@ def register_ct(
         ct_hu: (U, V, W) in HU, on a grid of its own.
         mri_affine, ct_affine: (4, 4), voxel indices to mm.
         kind: "rigid" (6 parameters) or "affine" (12). Two scans of one head differ rigidly. Mutual information knows
-            the scale of a head to 1 or 2 % only: "affine" is for scans whose voxel sizes are in doubt.
+            the scale of a head to about 1 % only: "affine" is for scans whose voxel sizes are in doubt.
         where: names the pair in an error.
 
     Raises:
@@ -312,7 +315,7 @@ def _maximised(fixed: sitk.Image, moving: sitk.Image, start: sitk.Transform) -> 
     method.SetMetricSamplingStrategy(method.RANDOM)
     method.SetMetricSamplingPercentage(SAMPLED_SHARE, SAMPLING_SEED)
     method.SetInterpolator(sitk.sitkLinear)
-    method.SetOptimizerAsRegularStepGradientDescent(1.0, MINIMUM_STEP, ITERATIONS, relaxationFactor=0.5)
+    method.SetOptimizerAsRegularStepGradientDescent(FIRST_STEP_MM, MINIMUM_STEP_MM, ITERATIONS, relaxationFactor=0.5)
     method.SetOptimizerScalesFromPhysicalShift()
     method.SetShrinkFactorsPerLevel(SHRINK_FACTORS)
     method.SetSmoothingSigmasPerLevel(SMOOTHING_SIGMAS_MM)

@@ -117,7 +117,7 @@ def bone_mask(ct_hu: np.ndarray, spacing_mm: Sequence[float], where: str = "ct")
 def brain_mask(ct_hu: np.ndarray, spacing_mm: Sequence[float], where: str = "ct") -> np.ndarray:
     """Return the brain with its ventricles in a CT (X, Y, Z) in HU: bool.
 
-    On a grid of at most 2 to 4 mm, after a Gaussian of 1.5 mm:
+    After a Gaussian of 1.5 mm, on every n-th voxel of an axis with n voxels within 2 mm:
 
     1. The wall: what exceeds 90 HU, or is air inside of the head; components below 0.5 mL (calcifications, noise) are
        dropped; closed by 3 mm against thin bone.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
+import SimpleITK as sitk  # noqa: N813  (the name its own documentation uses)
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -166,7 +166,7 @@ def test_streaks_are_bright_and_dark_fade_with_distance_and_stay_in_their_slab()
     ct[40, 40, 4] = 2500  # the only dense voxel
     added = streaks(ct, (1, 1, 4), 200.0, rng()) - ct
     radius = np.hypot(*(np.indices((81, 81)) - 40))
-    for distance in (5, 20, 38):
+    for distance in (12, 24, 38):
         ring = added[..., 4][np.abs(radius - distance) < 0.8]
         assert np.abs(ring).max() == pytest.approx(200 * np.exp(-distance / 60), rel=0.1)
         assert ring.min() < -20 < 20 < ring.max()

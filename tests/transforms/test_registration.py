@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
+import SimpleITK as sitk  # noqa: N813  (the name its own documentation uses)
 import torch
 from monai.data import MetaTensor
 from scipy.spatial.transform import Rotation
@@ -23,12 +23,12 @@ from transforms.registration import (
     registration_figures,
 )
 
-SPACING = (3.0, 3.0, 4.0)
+SPACING = (2.5, 2.5, 3.0)
 
 
 @pytest.fixture(scope="module")
 def head() -> HeadSubject:
-    return head_subject(21, 0, SPACING, ["ct", "t1", "flair"], source="ellipsoid")
+    return head_subject(21, 0, SPACING, ["ct", "t1", "flair"])
 
 
 def moved(head: HeadSubject, translation: tuple[float, ...], rotation: tuple[float, ...] = (0, 0, 0)) -> np.ndarray:
@@ -137,10 +137,10 @@ def test_headers_that_put_the_heads_far_apart_are_overcome(head: HeadSubject) ->
 
 
 def test_an_affine_takes_back_a_wrong_voxel_size(head: HeadSubject) -> None:
-    planted = np.diag([1.08, 1.08, 1.08, 1])
+    planted = np.diag([1.06, 1.06, 1.06, 1])
     _, quality = register_ct(head.images["flair"], head.images["ct"], head.affine, planted @ head.affine, "affine")
-    assert np.linalg.det(quality.matrix) ** (1 / 3) == pytest.approx(1.08, abs=0.025)
-    assert residual_mm(head, quality.matrix, planted) < 2 < residual_mm(head, np.eye(4).tolist(), planted)
+    assert np.linalg.det(quality.matrix) ** (1 / 3) == pytest.approx(1.06, abs=0.01)
+    assert residual_mm(head, quality.matrix, planted) < 0.5
 
 
 def test_the_result_is_the_same_to_the_last_bit_on_any_number_of_threads(head: HeadSubject) -> None:
