@@ -25,6 +25,8 @@ PATH_KEYS = (
     "landmarks_file",
     "data_root",
     "initial_weights",
+    "lesion_head",
+    "compare_with",
 )
 
 

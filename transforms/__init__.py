@@ -1,7 +1,7 @@
 """What happens to a sample: pure array functions and their MONAI-style dictionary transforms (suffix ``d``)."""
 
 from transforms.bias_field import N4BiasFieldCorrection, N4BiasFieldCorrectiond
-from transforms.degradation import DegradePaird, RandDegradePaird
+from transforms.degraded_pairs import DegradePaird, RandDegradePaird
 from transforms.diffusion import AddDiffusionNoised, NoiseSchedule
 from transforms.fusion import FusionConditiond, FusionReferenced, MeasurePaird
 from transforms.fusion_rules import FUSION_RULES, hard_composite
@@ -21,7 +21,8 @@ from transforms.intensity import (
 from transforms.load import LoadCased
 from transforms.masks import ForegroundMask, ForegroundMaskd
 from transforms.modalities import RandDropModalityd
-from transforms.registration import RegistrationCheckd, RigidRegistrationd
+from transforms.registration import RigidRegistrationd
+from transforms.registration_check import RegistrationCheckd
 from transforms.rois import BoneMaskd, BrainMaskd, HeadMaskd
 
 __all__ = [

@@ -45,9 +45,10 @@ class SaveFusion:
             case, source = batch["case"], item["image"].meta["filename_or_obj"]
             maps = dict(zip(("fused", "uncertainty"), np.asarray(item["pred"].cpu()), strict=False))
             pair = np.asarray(torch.as_tensor(batch[self.pair_key]).cpu())
-            for name, voxels in maps.items():
-                write_atomically(self.folder / f"{case}_{name}.nii.gz", image_nifti(voxels, source, name))
             panels = {"MRI": pair[MRI], "CT": ct_display(pair[CT]), **maps}
-            write_atomically(self.folder / f"{case}.png", three_planes(panels, nib.load(source).affine, case, SHOWN))
+            files = {f"{case}_{name}.nii.gz": image_nifti(voxels, source, name) for name, voxels in maps.items()}
+            files[f"{case}.png"] = three_planes(panels, nib.load(source).affine, case, SHOWN)
+            for name, content in files.items():
+                write_atomically(self.folder / name, content)
             figures = {name: {"mean": float(v.mean()), "max": float(v.max())} for name, v in maps.items()}
             write_json(self.folder / f"{case}.json", {"case": case, "maps": figures, "weights": self.weights[0]})

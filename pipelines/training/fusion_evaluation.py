@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 ORACLE = "masks (oracle)"
 MRI_ALONE = "mri alone"
 LESION_FIGURES = ("dice", "hd95_mm", "nsd")
+NAMED = frozenset({*FUSION_RULES, ORACLE, MRI_ALONE})
 RANKED = ("brain_ssim_within", "bone_psnr_db", "bone_ssim_within", "lesion_dice")
 
 Case = Mapping[str, Any]
@@ -95,6 +96,10 @@ class FusionCases:
         lesion: reads the lesion from a fused image; None = no figures of lesions.
         compare_with: ``metrics`` folders of other evaluations of the same cases, whose networks join the ranks.
         reference_key, pair_key, scale_key, head_key: in the batch.
+
+    Raises:
+        UsageError: the network is called as one of the rules, or there is no evaluation to compare with.
+        DataError: an evaluation that cannot be compared with, see ``rows_of_networks``.
     """
 
     def __init__(
@@ -111,13 +116,17 @@ class FusionCases:
         scale_key: str = "mri_scale",
         head_key: str = "foreground",
     ) -> None:
+        if method in NAMED:
+            raise UsageError(f"method {method!r}", "another row of the tables has this name", "give another --method")
         self.method = method
         self.folder = Path(folder)
         self.source = dict(source)
         self.subjects = dict(subjects)
         self.spacing_mm = tuple(float(s) for s in spacing_mm)
         self.lesion = lesion
-        self.compare_with = [Path(other) for other in compare_with]
+        self.rivals = rows_of_networks(
+            [Path(other) for other in compare_with], method, set(subjects), lesion is not None
+        )
         self.keys = {"reference": reference_key, "pair": pair_key, "scale": scale_key, "head": head_key}
         self.rows: list[dict[str, Any]] = []
         self.uncertainty: list[dict[str, Any]] = []
@@ -138,7 +147,7 @@ class FusionCases:
             for name, image in self._fused(fused[0], values["pair"], values["scale"], truth["bone"]).items():
                 figures = self._figures(image, truth, head, case)
                 label = {"case": case, "subject": self.subjects[case], "label": f"{name} @{severity}"}
-                self.rows.append({**label, "status": "both", **figures})
+                self.rows.append({**label, "status": figures.pop("status", "both"), **figures})
             if len(fused) > 1:
                 target = (truth["x0"] + 1) / 2
                 spread = error_uncertainty(fused[0], target, fused[1], head, case=case)
@@ -150,8 +159,8 @@ class FusionCases:
         rules = {name: rule(mri, ct, pair[CT]) for name, rule in FUSION_RULES.items()}
         return {self.method: ours, **rules, ORACLE: hard_composite(mri, ct, bone), MRI_ALONE: mri}
 
-    def _figures(self, image: np.ndarray, truth: Case, head: np.ndarray, case: str) -> dict[str, float | None]:
-        figures = fusion_figures(
+    def _figures(self, image: np.ndarray, truth: Case, head: np.ndarray, case: str) -> dict[str, Any]:
+        figures: dict[str, Any] = fusion_figures(
             image,
             truth["mri_display"],
             truth["ct_display"],
@@ -166,7 +175,8 @@ class FusionCases:
             return figures
         found, there = self.lesion(image).astype(np.uint8), (truth["lesion"] > 0.5).astype(np.uint8)
         (row,) = segmentation_metrics(found, there, self.spacing_mm, {1: "lesion"}, case=case)
-        return {**figures, **{f"lesion_{name}": row[name] for name in LESION_FIGURES}}
+        lesion = {f"lesion_{name}": row[name] for name in LESION_FIGURES}
+        return {**figures, "status": row["status"], **lesion}  # missed and empty are those of the lesion
 
     def _write(self, engine: Engine) -> None:
         summary = {"source": self.source, **summarise(self.rows)}
@@ -181,7 +191,7 @@ class FusionCases:
 
     def _ranks(self) -> dict[str, Any]:
         """Return ranks and paired differences per severity; the oracle and the MRI alone are no rivals."""
-        rows = [*self.rows, *(row for other in self.compare_with for row in rows_of_network(other, self.rows))]
+        rows = [*self.rows, *self.rivals]
         ranks = {}
         for severity in sorted({row["case"].rpartition("@")[2] for row in rows}):
             values = rank_values([row for row in rows if row["case"].endswith(f"@{severity}")])
@@ -195,16 +205,19 @@ class FusionCases:
 
 
 def rank_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Return ``values[figure][method][subject]``, the mean over the cases of a subject; one severity's rows in."""
+    """Return ``values[figure][method][subject]``, the mean over the cases of a subject; one severity's rows in.
+
+    A figure that a case lacks for one method counts for none of them: where there is no lesion, a false alarm has the
+    Dice 0, and finding nothing has no Dice.
+    """
+    rivals = [row for row in rows if method_of(row) not in (ORACLE, MRI_ALONE)]
     values: dict[str, dict[str, dict[str, list[float | None]]]] = {}
-    for row in rows:
-        method = method_of(row)
-        if method in (ORACLE, MRI_ALONE):
-            continue
-        for figure in RANKED:
-            if figure in row:
-                own = values.setdefault(figure, {}).setdefault(method, {}).setdefault(row["subject"], [])
-                own.append(row[figure])
+    for figure in RANKED:
+        measured = [row for row in rivals if figure in row]
+        lacking = {row["case"] for row in measured if row[figure] is None}
+        for row in measured:
+            own = values.setdefault(figure, {}).setdefault(method_of(row), {}).setdefault(row["subject"], [])
+            own.append(None if row["case"] in lacking else row[figure])
     return {
         figure: {
             method: {subject: _mean(cases) for subject, cases in of_subject.items()}
@@ -219,27 +232,47 @@ def method_of(row: Mapping[str, Any]) -> str:
     return str(row["label"]).rpartition(" @")[0]
 
 
-def rows_of_network(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of the network of another evaluation, which must have measured the same cases.
+def rows_of_networks(folders: Sequence[Path], method: str, cases: set[str], lesions: bool) -> list[dict[str, Any]]:
+    """Return the rows of the networks of other evaluations, which must have measured the same cases and figures.
+
+    Args:
+        folders: their ``metrics``.
+        method: the name of the network that is measured here.
+        cases: that are measured here.
+        lesions: whether lesions are measured here.
 
     Raises:
         UsageError: there is no evaluation.
-        DataError: it measured other cases, or its network has the name of one that is there.
+        DataError: it measured other cases, lesions or no lesions, or two networks have one name.
     """
+    rows: list[dict[str, Any]] = []
+    names = {method}
+    for folder in folders:
+        others = _rows_of_network(folder)
+        there, theirs = {row["case"] for row in others}, {method_of(row) for row in others}
+        if there != cases or names & theirs:
+            raise DataError(
+                f"compare_with {folder}",
+                f"{len(there - cases)} and {len(cases - there)} cases are only in one of both; "
+                f"same names: {sorted(names & theirs)}",
+                "evaluate both on the same split and severities, each under a --method of its own",
+            )
+        if lesions != all("lesion_dice" in row for row in others):
+            raise DataError(
+                f"compare_with {folder}",
+                f"figures of lesions are only in {'this evaluation' if lesions else 'the other one'}",
+                "evaluate both with the same --lesion_head",
+            )
+        names |= theirs
+        rows += others
+    return rows
+
+
+def _rows_of_network(folder: Path) -> list[dict[str, Any]]:
     path = folder / "per_case.csv"
     if not path.is_file():
         raise UsageError(f"compare_with {folder}", "there is no per_case.csv", "name the metrics folder of a run")
-    known = {*FUSION_RULES, ORACLE, MRI_ALONE}
-    others = [row for row in read_per_case_csv(path) if method_of(row) not in known]
-    there, here = {row["case"] for row in others}, {row["case"] for row in rows}
-    taken = {method_of(row) for row in others} & {method_of(row) for row in rows}
-    if there != here or taken:
-        raise DataError(
-            f"compare_with {folder}",
-            f"{len(there - here)} and {len(here - there)} cases are only in one of both; same names: {sorted(taken)}",
-            "evaluate both on the same split and severities, each under a --method of its own",
-        )
-    return others
+    return [row for row in read_per_case_csv(path) if method_of(row) not in NAMED]
 
 
 def format_ranks(ranks: Mapping[str, Any]) -> str:

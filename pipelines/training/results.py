@@ -9,36 +9,52 @@ from typing import Any
 
 from pipelines.manifests import Manifest
 from pipelines.manifests.digest import file_digest
+from pipelines.training.checkpoints import read_contract
 from pipelines.training.folds import cross_validation_of, fold_runs
 from transforms.errors import BundleError, UsageError
 
 
-def find_checkpoint(runs_dir: str | Path, bundle: str, name: str = "", checkpoint: str = "") -> Path:
+def find_checkpoint(runs_dir: str | Path, bundle: str, name: str = "", checkpoint: str = "", network: str = "") -> Path:
     """Return the weights to use: ``checkpoint`` if given, else the best of run ``name``, else of the newest run.
 
     Where a run had no validation cases there is no best, and its last weights are taken. The newest run is the one that
     wrote weights last; evaluating an old run does not make it new.
 
+    Args:
+        network: what the weights' contract has to say, in a bundle that trains networks of several kinds; runs of
+            another kind are passed over. Empty = any.
+
     Raises:
-        BundleError: there is no such file, run or checkpoint.
+        BundleError: there is no such file, run or checkpoint, or the weights are of another kind.
     """
     if checkpoint:
         if not Path(checkpoint).is_file():
             raise BundleError(f"checkpoint {checkpoint}: no such file", "no weights there", "check --checkpoint")
-        return Path(checkpoint).resolve()
+        return _of_network(Path(checkpoint).resolve(), network)
     folder = Path(runs_dir).resolve() / bundle
     name = str(name)
     newest = sorted(folder.glob("*/checkpoints/*.safetensors"), key=lambda file: file.stat().st_mtime, reverse=True)
     for run in [folder / name] if name else [weights.parent.parent for weights in newest]:
         for kind in ("best", "last"):
             weights = run / "checkpoints" / f"{kind}.safetensors"
-            if weights.is_file():
-                return weights
+            if weights.is_file() and (name or not network or read_contract(weights).get("network") == network):
+                return _of_network(weights, network)
     raise BundleError(
         f"no trained weights in {folder / name if name else folder}",
         "looked for checkpoints/best.safetensors and last.safetensors",
         "train first, or name the weights with --checkpoint",
     )
+
+
+def _of_network(weights: Path, network: str) -> Path:
+    found = read_contract(weights).get("network") if network else network
+    if found != network:
+        raise BundleError(
+            f"checkpoint {weights}: weights of another network",
+            f"its contract says {found!r}, expected {network!r}",
+            "name another run with --run_name, or other weights with --checkpoint",
+        )
+    return weights
 
 
 def find_weights(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipelines.cli import main, overrides_of
-from pipelines.runner import absolute, bundle_root
+from pipelines.runner import absolute, bundle_parser, bundle_root
 from transforms.errors import BundleError, UsageError
 
 
@@ -140,3 +140,22 @@ def test_phantoms_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_relative_paths_count_from_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert absolute("cohort.json") == str(tmp_path / "cohort.json")
+
+
+def test_paths_of_a_bundle_count_from_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "lesion_head": "head.safetensors",
+        "compare_with": ["a/metrics", "/b"],
+        "runs_dir": "runs",
+        "method": "mine",
+    }
+    with bundle_parser("head_mri_ct_fusion", "evaluate", given) as parser:
+        found = {key: parser.get(key) for key in given}
+    here = str(tmp_path)
+    assert found == {
+        "lesion_head": f"{here}/head.safetensors",
+        "compare_with": [f"{here}/a/metrics", "/b"],
+        "runs_dir": f"{here}/runs",
+        "method": "mine",
+    }

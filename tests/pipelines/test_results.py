@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipelines.manifests import Manifest
+from pipelines.training.checkpoints import save_weights
 from pipelines.training.folds import cross_validation_of, fold_run, write_folds
 from pipelines.training.results import (
     find_checkpoint,
@@ -57,6 +59,29 @@ def test_weights_by_path(tmp_path: Path) -> None:
 def test_no_weights_at_all(tmp_path: Path, name: str) -> None:
     with pytest.raises(BundleError, match="no trained weights"):
         find_checkpoint(tmp_path, "b", name)
+
+
+def trained(runs: Path, run: str, network: str, age: float) -> Path:
+    """Real weights whose contract says which network they are of."""
+    path = create_run(runs, "b", run) / "checkpoints" / "best.safetensors"
+    save_weights(torch.nn.Linear(1, 1), {"contract": {"network": network}}, path)
+    os.utime(path, (1e9 - age, 1e9 - age))
+    return path
+
+
+def test_a_bundle_with_two_trainings_finds_the_weights_of_each(tmp_path: Path) -> None:
+    old, fusion = trained(tmp_path, "old", "denoiser", 20), trained(tmp_path, "fusion", "denoiser", 10)
+    head = trained(tmp_path, "head", "lesion head", 0)  # trained last
+    assert find_checkpoint(tmp_path, "b") == head
+    assert find_checkpoint(tmp_path, "b", network="denoiser") == fusion
+    assert find_checkpoint(tmp_path, "b", "old", network="denoiser") == old
+    assert find_checkpoint(tmp_path, "b", "", str(old), "denoiser") == old
+    for named in ({"name": "head"}, {"checkpoint": str(head)}):
+        with pytest.raises(BundleError, match="weights of another network") as caught:
+            find_checkpoint(tmp_path, "b", network="denoiser", **named)
+        assert caught.value.why == "its contract says 'lesion head', expected 'denoiser'"
+    with pytest.raises(BundleError, match="no trained weights"):
+        find_checkpoint(tmp_path, "b", network="segmentation")
 
 
 def cross_validation(runs: Path, cohort: Manifest, folds: int = 3, name: str = "cv") -> list[Path]:

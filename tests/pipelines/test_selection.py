@@ -11,9 +11,11 @@ import pytest
 
 from pipelines.manifests import (
     Manifest,
+    case_items,
     chosen_modalities,
     contract_labels,
     labels_of,
+    pair_items,
     prediction_items,
     reference_items,
 )
@@ -171,3 +173,70 @@ def test_items_are_what_load_takes(tiny_cohort: Manifest, contract: dict[str, An
     case = LoadCased(modalities=contract["modalities"])(item)
     assert case["image"].shape == (2, 20, 22, 24)
     assert sorted(np.unique(case["reference"])) == [0, 1]
+
+
+def with_bone(cohort: Manifest, *without: str) -> Manifest:
+    """The cohort with a mask of the role bone (the lesion's file) in every case but those named."""
+    cases = [
+        case if case.id in without or case.label is None else replace(case, masks={**case.masks, "bone": case.label})
+        for case in cohort.cases
+    ]
+    return replace(cohort, cases=tuple(cases))
+
+
+def test_masks_come_under_the_keys_asked_for(tiny_cohort: Manifest) -> None:
+    cohort = with_bone(tiny_cohort)
+    (alone,) = case_items(cohort, "test")
+    assert Path(alone["mask"]).name == "brain.nii.gz"
+    assert "bone" not in alone
+    (both,) = case_items(cohort, "test", masks={"head": "brain", "bone": "bone"})
+    assert [Path(both[key]).name for key in ("head", "bone")] == ["brain.nii.gz", "lesion.nii.gz"]
+    assert "mask" not in both
+    masks, label = cohort.cases[4].masks, cohort.cases[4].label
+    assert label is not None
+    assert {key: both["digests"][key] for key in ("head", "bone")} == {
+        "head": masks["brain"].sha256,
+        "bone": label.sha256,
+    }
+    (none,) = case_items(cohort, "test", masks={})
+    assert not {"mask", "head", "bone"} & set(none)
+
+
+def test_a_mask_that_a_case_does_not_have_is_left_out(tiny_cohort: Manifest) -> None:
+    items = case_items(with_bone(tiny_cohort, "s1"), "train", masks={"bone": "bone"})
+    assert ["bone" in item for item in items] == [True, False, True]
+    assert ["bone" in item["digests"] for item in items] == [True, False, True]
+
+
+def test_pairs_bring_the_masks_that_there_are(tiny_cohort: Manifest, contract: dict[str, Any]) -> None:
+    pair = {**contract, "modalities": ["t1", "flair"], "foreground": "auto"}
+    (item,) = pair_items(with_bone(tiny_cohort), "test", pair)
+    assert names_of(item) == ["t1.nii.gz", "flair.nii.gz"]
+    assert [Path(item[key]).name for key in ("mask", "bone", "label")] == [
+        "brain.nii.gz",
+        "lesion.nii.gz",
+        "lesion.nii.gz",
+    ]
+    bare = replace(tiny_cohort, cases=tuple(replace(case, masks={}) for case in tiny_cohort.cases))
+    (item,) = pair_items(bare, "test", pair)
+    assert not {"mask", "bone"} & set(item)
+
+
+def test_pairs_of_a_fold(tiny_cohort: Manifest, contract: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="stores no folds"):
+        pair_items(tiny_cohort, "validation", contract, fold=0)
+
+
+def test_no_pairs_are_refused(tiny_cohort: Manifest, contract: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="modality 'ct'"):
+        pair_items(tiny_cohort, "test", {**contract, "modalities": ["t1", "ct"]})
+    no_test = replace(tiny_cohort, cases=tuple(case for case in tiny_cohort.cases if case.split != "test"))
+    with pytest.raises(DataError, match="split test is empty"):
+        pair_items(no_test, "test", contract)
+
+
+def test_fusing_new_pairs_needs_no_masks_and_takes_none(tiny_cohort: Manifest, contract: dict[str, Any]) -> None:
+    pair = {**contract, "foreground": "auto"}
+    for source, manifest in (("", str(tiny_cohort.path)), (tiny_cohort.root / "s4", "")):
+        (item,) = prediction_items(source, manifest, "test", pair)
+        assert not {"mask", "bone", "label"} & set(item)

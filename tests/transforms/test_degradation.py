@@ -15,8 +15,6 @@ from scipy.spatial.transform import Rotation
 from transforms.degradation import (
     KINDS,
     SEVERITIES,
-    DegradePaird,
-    RandDegradePaird,
     Severity,
     bias_field,
     ct_noise,
@@ -29,6 +27,7 @@ from transforms.degradation import (
     thick_slice_matrix,
     thick_slices,
 )
+from transforms.degraded_pairs import DegradePaird, RandDegradePaird
 from transforms.errors import BundleError, DataError
 
 SPACING = (1.0, 1.5, 3.0)

@@ -15,13 +15,8 @@ from pipelines.phantoms import HeadSubject, head_subject
 from transforms import registration
 from transforms.degradation import move_rigidly
 from transforms.errors import BundleError, DataError
-from transforms.registration import (
-    RegistrationCheckd,
-    RigidRegistrationd,
-    mri_outline,
-    register_ct,
-    registration_figures,
-)
+from transforms.registration import RigidRegistrationd, register_ct
+from transforms.registration_check import RegistrationCheckd, mri_outline, registration_figures
 
 SPACING = (2.5, 2.5, 3.0)
 
