@@ -14,9 +14,6 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk  # noqa: N813  (the name its own documentation uses)
-import torch
-from monai.data import MetaTensor
-from monai.data.utils import affine_to_spacing
 from monai.transforms import MapTransform, Transform
 
 from transforms.errors import BundleError, DataError
@@ -32,6 +29,7 @@ from transforms.masks import (
     require_finite,
     require_foreground,
     require_key,
+    spacing_of,
 )
 
 SPLINE_ORDER = 3
@@ -220,7 +218,7 @@ class N4BiasFieldCorrection(Transform):
         """
         values = as_numpy(image)
         require_finite(values, where)
-        voxel_size = _spacing_of(image, spacing, where)
+        voxel_size = spacing_of(image, spacing, where)
         inside = None if mask is None else as_boolean_mask(mask, values, where)
         if inside is not None:
             require_foreground(inside, where)
@@ -277,16 +275,3 @@ class N4BiasFieldCorrectiond(MapTransform):
             if field_key is not None:
                 output[field_key] = field
         return output
-
-
-def _spacing_of(image: Array, spacing: Sequence[float] | None, where: str) -> list[float]:
-    ndim = image.ndim - 1
-    if spacing is None and isinstance(image, MetaTensor):
-        spacing = [float(mm) for mm in torch.as_tensor(affine_to_spacing(image.affine, r=ndim))]
-    if spacing is None or len(spacing) != ndim or min(spacing) <= 0:
-        raise DataError(
-            f"{where}: N4 bias field correction",
-            f"the spacing is {spacing}, expected {ndim} positive lengths in mm",
-            "load the image with its affine (LoadImage gives a MetaTensor), or pass spacing",
-        )
-    return [float(mm) for mm in spacing]

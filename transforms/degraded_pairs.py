@@ -12,8 +12,7 @@ from monai.transforms import MapTransform, RandomizableTransform
 
 from transforms.degradation import KINDS, Severity, degrade_pair, severity_of
 from transforms.errors import BundleError, DataError
-from transforms.masks import Array, as_numpy, case_name, like, require_finite, require_key
-from transforms.rois import spacing_of
+from transforms.masks import Array, as_numpy, case_name, like, require_finite, require_key, spacing_of
 
 
 class DegradePaird(MapTransform):

@@ -13,6 +13,8 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from monai.data import MetaTensor
+from monai.data.utils import affine_to_spacing
 from monai.transforms import MapTransform, Transform
 from monai.utils import convert_to_dst_type
 from scipy import ndimage
@@ -41,6 +43,23 @@ def as_numpy(image: Array) -> np.ndarray:
 def like(values: np.ndarray, image: Image) -> Image:
     """Return ``values``, dtype kept, in the container of ``image``: a MetaTensor gets a copy of its metadata."""
     return convert_to_dst_type(values, image, dtype=values.dtype)[0]
+
+
+def spacing_of(image: Array, spacing_mm: Sequence[float] | None, where: str) -> list[float]:
+    """Return the voxel size in mm along the spatial axes of ``image`` (C, *spatial): as given, else of its affine.
+
+    Raises:
+        DataError: neither is there, or it is not one positive length per axis.
+    """
+    if spacing_mm is None and isinstance(image, MetaTensor):
+        spacing_mm = [float(mm) for mm in torch.as_tensor(affine_to_spacing(image.affine, r=image.ndim - 1))]
+    if spacing_mm is None or len(spacing_mm) != image.ndim - 1 or min(spacing_mm) <= 0:
+        raise DataError(
+            f"{where}: no voxel size",
+            f"the spacing is {spacing_mm}, expected {image.ndim - 1} positive lengths in mm",
+            "load the image with its affine (a MetaTensor), or give spacing_mm",
+        )
+    return [float(mm) for mm in spacing_mm]
 
 
 def case_name(data: Mapping[Hashable, Any], key: Hashable) -> str:

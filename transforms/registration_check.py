@@ -20,8 +20,8 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 
 from transforms.errors import BundleError, DataError
-from transforms.masks import as_numpy, case_name, fill_holes, largest_component, require_finite
-from transforms.rois import brain_mask, head_mask, spacing_of
+from transforms.masks import as_numpy, case_name, fill_holes, largest_component, require_finite, spacing_of
+from transforms.rois import brain_mask, head_mask
 
 Action = Literal["raise", "warn"]
 

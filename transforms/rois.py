@@ -14,15 +14,13 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from monai.data import MetaTensor
-from monai.data.utils import affine_to_spacing
 from monai.transforms import MapTransform
 from scipy import ndimage
 
 from transforms.errors import DataError
 from transforms.intensity import require_hounsfield
-from transforms.masks import Array, as_numpy, case_name, fill_holes, largest_component, like
+from transforms.masks import as_numpy, case_name, fill_holes, largest_component, like, spacing_of
 
 CT_AIR_HU = -1000.0
 HEAD_HU = -300.0
@@ -57,23 +55,6 @@ def cormack_to_hu(values: np.ndarray) -> np.ndarray:
     stretched = np.asarray(values, dtype=np.float64)
     t = np.where(stretched < 900, stretched, np.maximum(900 + (stretched - 900) / 11, stretched - 2000))
     return (t - 1000).astype(np.float32)
-
-
-def spacing_of(image: Array, spacing_mm: Sequence[float] | None, where: str) -> list[float]:
-    """Return the voxel size in mm along the spatial axes of ``image`` (C, *spatial): as given, else of its affine.
-
-    Raises:
-        DataError: neither is there, or it is not one positive length per axis.
-    """
-    if spacing_mm is None and isinstance(image, MetaTensor):
-        spacing_mm = [float(mm) for mm in torch.as_tensor(affine_to_spacing(image.affine, r=image.ndim - 1))]
-    if spacing_mm is None or len(spacing_mm) != image.ndim - 1 or min(spacing_mm) <= 0:
-        raise DataError(
-            f"{where}: no voxel size",
-            f"the spacing is {spacing_mm}, expected {image.ndim - 1} positive lengths in mm",
-            "load the image with its affine (a MetaTensor), or give spacing_mm",
-        )
-    return [float(mm) for mm in spacing_mm]
 
 
 def head_mask(ct_hu: np.ndarray, where: str = "ct") -> np.ndarray:
