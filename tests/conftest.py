@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,14 @@ import pytest
 from pipelines.manifests import Manifest, SplitPlan, import_folder, write_manifest
 
 Writer = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def as_if_no_bundle_had_run() -> None:
+    """Undo what a bundle run in this process has left: its logging.conf puts every logger at INFO, on stderr."""
+    root = logging.getLogger()
+    root.setLevel(logging.WARNING)
+    root.handlers = [handler for handler in root.handlers if type(handler).__module__.startswith("_pytest")]
 
 
 @pytest.fixture

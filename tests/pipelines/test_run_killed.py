@@ -130,7 +130,7 @@ def outcome_of(folder: Path) -> Outcome:
     found = newest_state(folder / "checkpoints")
     assert found is not None
     tree = dict(found[1])
-    del tree["seconds"]
+    del tree["minutes"]
     del tree["parts"]["board"]  # names and sizes of files; their content is compared
     values, tensors = split_tensors(tree)  # with the random generators, and so what would be drawn next
     files = [*folder.rglob("last.safetensors"), *folder.rglob("best.safetensors")]
