@@ -179,7 +179,8 @@ class FusionCases:
         return {**figures, "status": row["status"], **lesion}  # missed and empty are those of the lesion
 
     def _write(self, engine: Engine) -> None:
-        summary = {"source": self.source, **summarise(self.rows)}
+        # the labels are methods and severities: a mean over them would mean nothing
+        summary = {"source": self.source, **summarise(self.rows), "mean_over_labels": {}}
         write_per_case_csv(self.rows, self.folder / "per_case.csv")
         write_summary_json(summary, self.folder / "summary.json")
         ranks = self._ranks()
