@@ -143,13 +143,12 @@ class FusionCases:
             fused = np.asarray(item["pred"].cpu())
             truth = dict(zip(REFERENCE_CHANNELS, values["reference"], strict=True))
             severity = case.rpartition("@")[2]
-            head = values["head"][0] > 0.5
+            head, target = values["head"][0] > 0.5, (truth["x0"] + 1) / 2
             for name, image in self._fused(fused[0], values["pair"], values["scale"], truth["bone"]).items():
-                figures = self._figures(image, truth, head, case)
+                figures = self._figures(image, truth, target, head, case)
                 label = {"case": case, "subject": self.subjects[case], "label": f"{name} @{severity}"}
                 self.rows.append({**label, "status": figures.pop("status", "both"), **figures})
             if len(fused) > 1:
-                target = (truth["x0"] + 1) / 2
                 spread = error_uncertainty(fused[0], target, fused[1], head, case=case)
                 self.uncertainty.append({"case": case, "subject": self.subjects[case], **spread})
 
@@ -159,12 +158,14 @@ class FusionCases:
         rules = {name: rule(mri, ct, pair[CT]) for name, rule in FUSION_RULES.items()}
         return {self.method: ours, **rules, ORACLE: hard_composite(mri, ct, bone), MRI_ALONE: mri}
 
-    def _figures(self, image: np.ndarray, truth: Case, head: np.ndarray, case: str) -> dict[str, Any]:
+    def _figures(
+        self, image: np.ndarray, truth: Case, target: np.ndarray, head: np.ndarray, case: str
+    ) -> dict[str, Any]:
         figures: dict[str, Any] = fusion_figures(
             image,
             truth["mri_display"],
             truth["ct_display"],
-            target=(truth["x0"] + 1) / 2,
+            target=target,
             brain=truth["brain"] > 0.5,
             bone=truth["bone"] > 0.5,
             head=head,
