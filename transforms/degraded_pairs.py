@@ -12,7 +12,10 @@ from monai.transforms import MapTransform, RandomizableTransform
 
 from transforms.degradation import KINDS, Severity, degrade_pair, severity_of
 from transforms.errors import BundleError, DataError
+from transforms.fusion import MRI, measure_mri
 from transforms.masks import Array, as_numpy, case_name, like, require_finite, require_key, spacing_of
+
+FEWEST_VOXELS = 1000  # of the head in a crop, for the percentiles .5 and 99.5 to mean something
 
 
 class DegradePaird(MapTransform):
@@ -72,13 +75,17 @@ class DegradePaird(MapTransform):
 class RandDegradePaird(RandomizableTransform, MapTransform):
     """Degrade a pair at random: each kind is there with its probability, at a severity of its own; for training.
 
-    It may stand after the crop: what moves into a crop repeats its edge, for beyond it the head goes on.
+    It may stand after the crop: what moves into a crop repeats its edge, for beyond it the head goes on. A scale of the
+    MRI that was measured before moves as the percentiles of the crop move: noise, bias and thick slices change the
+    percentiles of a whole scan in the hospital, and a network that never saw that gives back the wrong grey.
 
     Args:
         keys: pairs as of ``DegradePaird``; all keys are degraded alike.
         prob: probability of each kind, or per kind (``KINDS``; kinds not named are absent).
         severity: (lowest, highest), drawn uniformly for each kind that is there.
         spacing_mm: voxel size along the axes; None = of the affine.
+        percentiles: those of ``MeasurePaird``, whose scale at ``scale_key`` moves; None = it stays.
+        mask_key: the head, (1, X, Y, Z).
 
     Raises:
         BundleError: an unknown kind, a probability outside 0 to 1, or severities outside 0 to 3.
@@ -92,9 +99,13 @@ class RandDegradePaird(RandomizableTransform, MapTransform):
         severity: tuple[float, float] = (0.0, 3.0),
         spacing_mm: Sequence[float] | None = None,
         allow_missing_keys: bool = False,
+        percentiles: tuple[float, float] | None = None,
+        scale_key: str = "mri_scale",
+        mask_key: str = "foreground",
     ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
         RandomizableTransform.__init__(self, prob=1.0)
+        self.percentiles, self.scale_key, self.mask_key = percentiles, scale_key, mask_key
         self.probabilities = dict(prob) if isinstance(prob, Mapping) else dict.fromkeys(KINDS, prob)
         self.range = (float(severity[0]), float(severity[1]))
         for level in self.range:
@@ -123,8 +134,22 @@ class RandDegradePaird(RandomizableTransform, MapTransform):
         for key in self.key_iterator(output):
             pair, spacing = _checked_pair(output[key], self.spacing_mm, case_name(output, key))
             rng = np.random.default_rng(self._seed)
-            output[key] = like(degrade_pair(pair, spacing, self.severity, rng, outside=None), output[key])
+            degraded = degrade_pair(pair, spacing, self.severity, rng, outside=None)
+            if self.percentiles is not None:
+                output[self.scale_key] = self._moved_scale(output, pair[MRI], degraded[MRI])
+            output[key] = like(degraded, output[key])
         return output
+
+    def _moved_scale(self, data: Mapping[Hashable, Any], before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        name = type(self).__name__
+        scale = as_numpy(require_key(data, self.scale_key, name, "MeasurePaird"))
+        head = as_numpy(require_key(data, self.mask_key, name, "HeadMaskd"))[0] > 0
+        if np.count_nonzero(head) < FEWEST_VOXELS:
+            return scale
+        assert self.percentiles is not None
+        clean, degraded = (measure_mri(mri, head, *self.percentiles) for mri in (before, after))
+        moved = scale + degraded - clean
+        return moved if moved[1] > moved[0] else scale
 
 
 def _checked_pair(image: Array, spacing_mm: Sequence[float] | None, where: str) -> tuple[np.ndarray, list[float]]:

@@ -2,11 +2,12 @@
 
 A fused image has *display units*, about 0 to 1, in which both modalities have a fixed scale:
 
-    MRI   (z + 2) / 4     z is the score over the head after clipping to percentiles
+    MRI   0 and 1 are two percentiles of the head
     CT    HU / 1500       the window in which no bone is saturated
 
-The reference is the MRI, but the CT where there is bone. A network sees the z-scored MRI and the CT through several
-windows, each brought to -2 .. 2, the range of the z-score: neither input drowns the other.
+The reference is the MRI, but the CT where there is bone. A network sees the MRI, the CT through several windows, and
+their blend as a first guess, each brought to -2 .. 2: no input drowns another. A z-score would hide from the network
+what it has to give: mean and deviation are not in the image, and it could not know which grey is 0.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from monai.transforms import MapTransform
 
 from transforms.diffusion import LABEL_CHANNELS
 from transforms.errors import BundleError, DataError
-from transforms.intensity import HUWindow, Windows, clip_percentiles_in_mask, measure_statistics, require_hounsfield
+from transforms.intensity import HUWindow, Windows, require_hounsfield
 from transforms.masks import as_boolean_mask, as_numpy, case_name, like, require_finite, require_foreground, require_key
 
 PairWindows = str | Mapping[str, tuple[float, float]] | Sequence[tuple[float, float]]
@@ -33,31 +34,20 @@ REFERENCE_CHANNELS = LABEL_CHANNELS[:-1]  # AddDiffusionNoised adds the last one
 
 
 def measure_mri(mri: np.ndarray, head: np.ndarray, lower: float, upper: float) -> np.ndarray:
-    """Return (low, high, mean, std) of an MRI over ``head``: two percentiles, and what is measured after clipping.
+    """Return (low, high): two percentiles of an MRI over ``head``, (2,) float32, in the MRI's units.
 
     Args:
         mri: (*spatial), arbitrary units.
         head: bool, same shape.
         lower, upper: percentiles.
-
-    Returns:
-        (4,) float32, in the MRI's units.
     """
-    low, high = np.percentile(mri[head], (lower, upper))
-    clipped = clip_percentiles_in_mask(mri[None], head, lower, upper)
-    mean, std = measure_statistics(clipped, head)[0]
-    return np.array([low, high, mean, std], dtype=np.float32)
-
-
-def z_score(mri: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Return the clipped MRI as a z-score, float32, everywhere (air too: no mask is needed)."""
-    low, high, mean, std = (np.float32(value) for value in scale)
-    return (np.clip(mri, low, high) - mean) / std
+    return np.percentile(mri[head], (lower, upper)).astype(np.float32)
 
 
 def mri_display(mri: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Return an MRI in display units: (z + 2) / 4."""
-    return (z_score(mri, scale) + 2) / 4
+    """Return an MRI in display units, float32: 0 at ``low`` and less (air), 1 at ``high`` and more."""
+    low, high = (np.float32(value) for value in scale)
+    return np.clip((mri.astype(np.float32) - low) / (high - low), 0, 1)
 
 
 def ct_display(hounsfield: np.ndarray) -> np.ndarray:
@@ -92,7 +82,7 @@ class MeasurePaird(MapTransform):
         keys: the pair (2, X, Y, Z): MRI, CT.
         lower, upper: percentiles of the MRI over the head.
         mask_key: the head, (1, X, Y, Z).
-        scale_key: where the four numbers go.
+        scale_key: where the two numbers go.
 
     Raises:
         DataError: the CT is not in HU, the MRI is constant in the head, a voxel is not finite, or the head is empty.
@@ -123,10 +113,10 @@ class MeasurePaird(MapTransform):
             head = as_boolean_mask(require_key(output, self.mask_key, type(self).__name__, "HeadMaskd"), pair, where)
             require_foreground(head, where)
             scale = measure_mri(pair[MRI], head, self.lower, self.upper)
-            if not scale[3] > 0:
+            if not scale[1] > scale[0]:
                 raise DataError(
                     f"{where}, channel mri: constant in the head",
-                    f"every voxel is {scale[2]:g} between the percentiles {self.lower:g} and {self.upper:g}",
+                    f"every voxel is {scale[0]:g} between the percentiles {self.lower:g} and {self.upper:g}",
                     "check the file; a label map or a mask is no MRI",
                 )
             output[self.scale_key] = scale
@@ -179,7 +169,10 @@ class FusionReferenced(MapTransform):
 
 
 class FusionConditiond(MapTransform):
-    """Replace the pair by what a network sees: the z-scored MRI and the CT in each window, -2 .. 2; float32.
+    """Replace the pair by what a network sees: MRI, CT in each window, first guess; all -2 .. 2, float32.
+
+    The first guess is ``fusion_target`` of the pair as it is, without a brain mask: had nothing spoilt the pair, it
+    would be the target wherever the brain holds no calcification.
 
     Args:
         keys: the pair.
@@ -203,11 +196,18 @@ class FusionConditiond(MapTransform):
             pair = _pair(output[key], where)
             scale = require_key(output, self.scale_key, type(self).__name__, "MeasurePaird")
             windows = self.window(np.ascontiguousarray(pair[CT:]), f"{where}, channel ct")
-            condition = np.concatenate([z_score(pair[MRI], as_numpy(scale))[None], windows])
+            mri = mri_display(pair[MRI], as_numpy(scale))
+            guess = fusion_target(mri, ct_display(pair[CT]), pair[CT], brain=np.zeros(mri.shape, bool))
+            condition = np.concatenate([_in_range(mri)[None], windows, _in_range(guess)[None]])
             if self.pair_key is not None:
                 output[self.pair_key] = output[key]
             output[key] = like(condition, output[key])
         return output
+
+
+def _in_range(display: np.ndarray) -> np.ndarray:
+    low, high = CONDITION_RANGE
+    return low + (high - low) * display
 
 
 def _named(windows: PairWindows) -> Windows:

@@ -22,6 +22,7 @@ from transforms.errors import BundleError
 
 TIME_SCALE = 1000  # the embedding's frequencies are made for time steps from 0 to 1000
 MOST_GROUPS = 8
+GUESS_SCALE = 2.0  # of the condition (-2 .. 2) against the diffusion (-1 .. 1)
 
 
 class TimedUNet(nn.Module):
@@ -87,6 +88,9 @@ class TimedUNet(nn.Module):
 class ConditionalDenoiser(nn.Module):
     """Condition, x_t and t in, the clean image out.
 
+    The last channel of the condition is a first guess of the clean image at twice the diffusion scale. A network that
+    predicts x0 predicts what the guess lacks: untrained, it returns the guess.
+
     Args:
         backbone: maps (B, C + 2, *spatial) to (B, 1, *spatial), what ``prediction`` names.
         schedule, prediction: see :class:`transforms.diffusion.NoiseSchedule`.
@@ -106,13 +110,15 @@ class ConditionalDenoiser(nn.Module):
         """Return x0_hat (B, 1, *spatial), float32 on the diffusion scale.
 
         Args:
-            x: (B, C + 2, *spatial): the condition, x_t, and t in [0, 1], constant per sample.
+            x: (B, C + 2, *spatial): the condition (first guess last), x_t, and t in [0, 1], constant per sample.
 
         Raises:
             BundleError: sizes that the network cannot pool.
         """
         plain = x.as_tensor() if isinstance(x, MetaTensor) else x
         output = self.backbone(plain).float()
+        if self.prediction == "x0":
+            output = output + plain[:, -3:-2].float() / GUESS_SCALE
         time = time_of(plain[:, -1:]).reshape(-1, *[1] * (plain.ndim - 1)).float()
         return self.schedule.clean_from(output, plain[:, -2:-1].float(), time, self.prediction)
 
@@ -136,7 +142,7 @@ def conditional_denoiser(
 
     Args:
         dimensions: 3; 2.5, a 2D network on stacks of slices along the last axis; or 2, on single slices.
-        condition_channels: C.
+        condition_channels: C, with the first guess.
         spacing_mm: spacing of the three axes in mm.
         patch_size: size of the three axes in voxels. In 2D and 2.5D the plan looks at the first two axes only.
         channels: per stage, from full resolution to the bottleneck; three stages or more.

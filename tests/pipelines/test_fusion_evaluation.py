@@ -61,14 +61,14 @@ def head(number: int, lesion: bool = True) -> dict[str, Any]:
 
 
 class Pointwise(nn.Module):
-    """A convolution of one voxel: from z-scored MRI, CT in the window 0 to 1500 HU, x_t and t to x0.
+    """A convolution of one voxel: from MRI, CT in the window 0 to 1500 HU, first guess, x_t and t to x0.
 
-    Half of the z-score is the x0 of an MRI, half of the window that of a CT.
+    Half of a channel of the condition is the x0 of the same image.
     """
 
     def __init__(self, of_mri: float, of_ct: float, of_noise: float = 0.0) -> None:
         super().__init__()
-        self.weights = nn.Parameter(torch.tensor([of_mri, of_ct, of_noise, 0.0]).reshape(1, 4, 1, 1, 1))
+        self.weights = nn.Parameter(torch.tensor([of_mri, of_ct, 0.0, of_noise, 0.0]).reshape(1, 5, 1, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.conv3d(x, self.weights)
@@ -107,7 +107,7 @@ def evaluate(
         device=torch.device("cpu"),
         val_data_loader=DataLoader(Dataset(list(items), prepare), batch_size=1),
         network=Pointwise(*weights),
-        inferer=SamplingInferer(SimpleInferer(), 2, **(sampling or {"schedule": "none"})),
+        inferer=SamplingInferer(SimpleInferer(), 3, **(sampling or {"schedule": "none"})),
     )
     subjects = {item["case"]: item["subject"] for item in items}
     FusionCases(method, folder, SOURCE, subjects, SPACING, **options).attach(evaluator)
@@ -255,7 +255,7 @@ def leak(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_network_that_is_handed_the_reference_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="condition of this network has 2") as caught:
+    with pytest.raises(Exception, match="condition of this network has 3") as caught:
         evaluate(tmp_path / "m", at_severities([head(0)], [0]), prepare=leak)
     assert isinstance(find_error(caught.value), DataError)
     assert not (tmp_path / "m").exists()
@@ -276,7 +276,7 @@ def test_another_truth_changes_the_figures_and_not_the_images(tmp_path: Path) ->
             device=torch.device("cpu"),
             val_data_loader=DataLoader(Dataset([item], prepare), batch_size=1),
             network=Pointwise(*MRI_LIKE),
-            inferer=SamplingInferer(SimpleInferer(), 2, schedule="none"),
+            inferer=SamplingInferer(SimpleInferer(), 3, schedule="none"),
         )
         cases.attach(evaluator)
         evaluator.run()

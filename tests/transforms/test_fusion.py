@@ -14,7 +14,7 @@ from monai.data import MetaTensor
 from numpy.testing import assert_allclose, assert_array_equal
 
 from pipelines.phantoms import HeadSubject, head_subject
-from transforms import DegradePaird, FusionConditiond, FusionReferenced, HeadMaskd, MeasurePaird
+from transforms import DegradePaird, FusionConditiond, FusionReferenced, HeadMaskd, MeasurePaird, RandDegradePaird
 from transforms.diffusion import LABEL_CHANNELS
 from transforms.errors import BundleError, DataError
 from transforms.fusion import (
@@ -26,12 +26,11 @@ from transforms.fusion import (
     fusion_target,
     measure_mri,
     mri_display,
-    z_score,
 )
 
 SPACING = (2.0, 2.0, 4.0)
-WINDOWS = {"soft_tissue": (40.0, 160.0), "bone": (750.0, 1500.0), "air_to_bone": (0.0, 2000.0)}
-SCALE = np.array([0, 10, 4, 2], np.float32)  # low, high, mean, std
+WINDOWS = {"soft_tissue": (40.0, 160.0), "bone": (750.0, 1500.0), "fat_to_bone": (200.0, 1600.0)}
+SCALE = np.array([0, 8], np.float32)  # low, high
 
 
 def line(*values: float) -> np.ndarray:
@@ -60,24 +59,16 @@ def whole_sample(**more: Any) -> dict[str, Any]:
 # ---- scales, by hand -----------------------------------------------------------------------------------------------
 
 
-# In the head 0 2 4 | clipped to its own extremes: mean 2, variance (4 + 0 + 4) / 3; the air of 900 is not looked at.
+# In the head 0 2 4; the air of 900 is not looked at.
 def test_the_scale_of_an_mri_is_that_of_the_head() -> None:
     mri, head = line(0, 2, 4, 900), np.array([1, 1, 1, 0], bool)
-    assert_allclose(measure_mri(mri, head, 0, 100), line(0, 4, 2, np.sqrt(8 / 3)))
-
-
-# Of 0 .. 100 the percentiles 10 and 90 are 10 and 90; 21 voxels are clipped, and the mean stays 50.
-def test_statistics_are_those_after_clipping() -> None:
-    mri = np.arange(101, dtype=np.float32)
-    low, high, mean, std = measure_mri(mri, np.ones(101, bool), 10, 90)
-    assert (low, high, mean) == (10, 90, 50)
-    deviations = [min(abs(value - 50), 40) ** 2 for value in range(101)]
-    assert std == pytest.approx(np.sqrt(sum(deviations) / 101))
+    assert_allclose(measure_mri(mri, head, 0, 100), line(0, 4))
+    assert_allclose(measure_mri(mri, head, 25, 75), line(1, 3))
+    assert measure_mri(mri, head, 0, 100).dtype == np.float32
 
 
 def test_display_units_by_hand() -> None:
-    assert_allclose(z_score(line(-5, 0, 4, 8, 10, 100), SCALE), [-2, -2, 0, 2, 3, 3])
-    assert_allclose(mri_display(line(0, 4, 8, 10), SCALE), [0, 0.5, 1, 1.25])
+    assert_allclose(mri_display(line(-5, 0, 4, 6, 8, 100), SCALE), [0, 0, 0.5, 0.75, 1, 1])
     assert_allclose(ct_display(line(-1000, 0, 750, 1500, 3000)), [0, 0, 0.5, 1, 1])
     assert_allclose(bone_share(line(-1000, 100, 150, 200, 300, 2000)), [0, 0, 0.25, 0.5, 1, 1])
     assert {f(line(1)).dtype for f in (ct_display, bone_share)} == {np.dtype(np.float32)}
@@ -161,7 +152,7 @@ def test_reference_by_hand() -> None:
     assert made.shape == (6, 8, 1, 1)
     assert made.dtype == np.float32
     channel = dict(zip(REFERENCE_CHANNELS, made[..., 0, 0], strict=True))
-    mri = (SIGNAL - 4) / 2 / 4 + 0.5
+    mri = SIGNAL / 8
     assert_allclose(channel["mri_display"], mri)
     assert_allclose(channel["ct_display"], [0, 20 / 1500, 700 / 1500, 1, 40 / 1500, 30 / 1500, 400 / 1500, 0])
     # bone (700 and 1500 HU) from the CT; the calcification of 400 HU lies in the brain and stays MRI
@@ -201,13 +192,15 @@ def test_a_pair_has_two_channels(transform: Callable) -> None:
 # ---- FusionConditiond ----------------------------------------------------------------------------------------------
 
 
-# Window (750, 1500) runs from 0 to 1500 HU over -2 .. 2: 700 HU -> 4 * 700 / 1500 - 2.
+# Window (750, 1500) runs from 0 to 1500 HU over -2 .. 2: 700 HU -> 4 * 700 / 1500 - 2. The guess is the CT in bone, by
+# its HU also in the brain (400 HU: the network has to tell), and the MRI elsewhere.
 def test_condition_by_hand() -> None:
     made = FusionConditiond("image", {"bone": (750, 1500), "all": (0, 2000)})(whole_sample())["image"][..., 0, 0]
     assert made.dtype == np.float32
-    assert_allclose(made[0], (SIGNAL - 4) / 2)
+    assert_allclose(made[0], SIGNAL / 2 - 2)
     assert_allclose(made[1], np.clip(4 * HU / 1500 - 2, -2, 2), atol=1e-6)
     assert_allclose(made[2], np.clip(HU / 500, -2, 2), atol=1e-6)
+    assert_allclose(made[3], np.where(HU >= 300, made[1], made[0]), atol=1e-6)
 
 
 def test_windows_without_names_are_those_with_names() -> None:
@@ -273,23 +266,24 @@ def spread_ratio(channels: np.ndarray, inside: np.ndarray) -> float:
     return float((high - low).max() / (high - low).min())
 
 
-# R01 asks for a factor of 2 between the inputs. Between all channels it is 1.7 for FLAIR and 1.8 for T2, but 2.0 (at
-# 2 x 2 x 2 mm) to 2.1 for T1, whose skin and fat are bright: 4.7 beside the 2.2 of the window from air to bone.
-@pytest.mark.parametrize(("contrast", "largest"), [("t1", 2.2), ("t2", 2.0), ("flair", 2.0)])
-def test_all_channels_of_the_condition_have_comparable_scale(head: HeadSubject, contrast: str, largest: float) -> None:
+# R01 asks for a factor of 2 between the inputs.
+@pytest.mark.parametrize("contrast", ["t1", "t2", "flair"])
+def test_all_channels_of_the_condition_have_comparable_scale(head: HeadSubject, contrast: str) -> None:
     case = prepared(head, contrast)
     inside = np.asarray(case["foreground"])[0] > 0
     condition = np.asarray(FusionConditiond("image", WINDOWS)(case)["image"])
-    assert spread_ratio(condition, inside) < largest
-    assert spread_ratio(condition[:2], inside) < 2  # the MRI and the widest of the CT
-    assert np.abs(condition).max() < 3.2
-    assert np.abs(condition[1:]).max() == 2
-    mri = condition[0][inside]
-    assert abs(mri.mean()) < 0.05
-    assert mri.std() == pytest.approx(1, abs=0.05)
-    # planted: the CT in HU beside the z-score
+    assert spread_ratio(condition, inside) < 2
+    assert np.abs(condition).max() == 2
+    # planted: the CT in HU beside the MRI
     raw = np.stack([condition[0], head.images["ct"]])
     assert spread_ratio(raw, inside) > 100
+
+
+@pytest.mark.parametrize("contrast", ["t1", "t2", "flair"])
+def test_air_is_black(head: HeadSubject, contrast: str) -> None:
+    reference = np.asarray(FusionReferenced()(prepared(head, contrast))["label"])
+    air = head.images["ct"] < -900
+    assert np.abs((reference[0][air] + 1) / 2).mean() < 0.01
 
 
 def test_every_tissue_has_a_window_that_does_not_saturate_it(head: HeadSubject) -> None:
@@ -326,3 +320,18 @@ def test_degradation_after_the_reference_leaves_it_as_it_is(head: HeadSubject) -
     # planted: the other order asks the network for what the scanner has spoilt
     wrong = FusionReferenced()(DegradePaird("image", severity=3)(prepared(head, "t1")))
     assert np.abs(np.asarray(wrong["label"])[0] - clean[0]).mean() > 0.02
+
+
+def test_the_scale_moves_with_the_degradation(head: HeadSubject) -> None:
+    """After training's random degradation the scale is what a hospital measures on the degraded scan."""
+    case = prepared(head, "t2")
+    clean = np.asarray(case["mri_scale"])
+    drawn = RandDegradePaird("image", prob=1.0, severity=(3.0, 3.0), percentiles=(0.5, 99.5))
+    spoilt = drawn.set_random_state(0)(case)
+    moved = np.asarray(spoilt["mri_scale"])
+    assert_allclose(moved, np.asarray(MeasurePaird()(spoilt)["mri_scale"]), rtol=1e-5)
+    assert np.abs(moved - clean).max() > 0.05 * (clean[1] - clean[0])  # it does move, so it matters
+    # without percentiles, or in a crop that holds next to nothing of the head, it stays
+    stays = RandDegradePaird("image", prob=1.0, severity=(3.0, 3.0))
+    assert_array_equal(stays(case)["mri_scale"], clean)
+    assert_array_equal(drawn({**case, "foreground": 0 * np.asarray(case["foreground"])})["mri_scale"], clean)
