@@ -28,6 +28,7 @@ MAY_DIFFER = frozenset(
     [
         *("resume", "resume_despite", "run_name", "runs_dir", "cache_dir", "data_root", "manifest", "check_files"),
         *("workers", "device_name", "state_interval", "mlflow_uri", "imports", "initialize", "run", "finalize"),
+        *("acknowledge", "thresholds"),
     ]
 )
 KINDS = ("config", "manifest", "code", "versions", "machine")
