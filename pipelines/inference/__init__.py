@@ -5,7 +5,7 @@ from pipelines.inference.ensemble import EnsembleInferer, SplitUncertaintyd, pre
 from pipelines.inference.fusion_output import SaveFusion
 from pipelines.inference.inferers import AutocastInferer, FlipAveragingInferer, choose_precision
 from pipelines.inference.output import SavePredictions, segmentation_nifti, uncertainty_nifti, volumes
-from pipelines.inference.sampling import SamplingInferer, ddim_step, sampling_times
+from pipelines.inference.sampling import SamplingInferer, ddim_step, distance_to_guess, sampling_times
 
 __all__ = [
     "AutocastInferer",
@@ -19,6 +19,7 @@ __all__ = [
     "SplitUncertaintyd",
     "choose_precision",
     "ddim_step",
+    "distance_to_guess",
     "predictive_entropy",
     "remove_small_components",
     "sampling_times",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer
 from monai.utils import convert_to_dst_type
 
+from pipelines.losses.image_similarity import ssim_map
 from transforms.diffusion import NoiseSchedule, require_name
 from transforms.errors import BundleError, DataError
 
@@ -65,6 +66,18 @@ def volume_noise(spatial: tuple[int, ...], seed: int, sample: int) -> torch.Tens
     return torch.randn(1, 1, *spatial, generator=generator)
 
 
+def distance_to_guess(x0_hat: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    """Return 1 - SSIM of the fused image and the first guess, per voxel: an energy that pulls towards the inputs.
+
+    It needs no mask: the guess, the last channel of the condition, is the CT where there is bone and else the MRI.
+
+    Args:
+        x0_hat: (B, 1, *spatial), diffusion scale (-1 .. 1).
+        condition: (B, C, *spatial), -2 .. 2.
+    """
+    return 1 - ssim_map((x0_hat + 1) / 2, (condition[:, -1:] + 2) / 4, data_range=1.0)
+
+
 class SamplingInferer(Inferer):
     """Sample fused images for a condition: (B, C, *spatial) in, display units (x + 1) / 2 out, without any clamp.
 
@@ -92,9 +105,11 @@ class SamplingInferer(Inferer):
         guidance: energy of (x0_hat, condition), lower is better: a tensor of any shape, summed. Each pass then moves
             x0_hat against its gradient g: x0_hat - guidance_strength * g / std(g), per case.
         guidance_strength: eta.
+        every_sample: return all samples instead of their mean and standard deviation.
 
     Returns:
         (B, 1, *spatial) float32, or with ``samples`` > 1 (B, 2, *spatial): mean and standard deviation (with n - 1).
+        With ``every_sample``: (B, samples, *spatial).
 
     Raises:
         BundleError: an option is not valid, or the network returns another shape.
@@ -113,6 +128,7 @@ class SamplingInferer(Inferer):
         seed: int = 0,
         guidance: Guidance | None = None,
         guidance_strength: float = 0.2,
+        every_sample: bool = False,
     ) -> None:
         super().__init__()
         for name, value, valid in (
@@ -137,6 +153,7 @@ class SamplingInferer(Inferer):
         self.seed = seed
         self.guidance = guidance
         self.guidance_strength = guidance_strength
+        self.every_sample = every_sample
 
     def __call__(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
         if inputs.shape[1] != self.condition_channels:
@@ -158,24 +175,30 @@ class SamplingInferer(Inferer):
                 )
             return x0_hat if self.guidance is None else self._guide(x0_hat, condition)
 
-        mean, std = self._mean_and_std(denoise, condition)
-        result = mean if self.samples == 1 else torch.cat([mean, std], 1)
+        result = self._combined(self._drawn(denoise, condition))
         return convert_to_dst_type(result, inputs, dtype=result.dtype)[0] if isinstance(inputs, MetaTensor) else result
 
-    def _mean_and_std(
+    def _drawn(
         self, denoise: Callable[[torch.Tensor, float], torch.Tensor], condition: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Iterator[torch.Tensor]:
+        """Yield every sample (B, 1, *spatial) in display units; a network that knows no noise has one."""
         start = torch.zeros_like(condition[:, :1])
         if self.schedule.name == "none":
-            return (denoise(start, 1.0) + 1) / 2, start
-        mean, squares = start, start
+            yield (denoise(start, 1.0) + 1) / 2
+            return
         for sample in range(self.samples):
             noise = volume_noise(tuple(condition.shape[2:]), self.seed, sample).to(condition.device)
-            display = (self._run(denoise, noise.expand_as(start)) + 1) / 2
-            difference = display - mean  # Welford: the sum of squares would lose a small spread to rounding
-            mean = mean + difference / (sample + 1)
-            squares = squares + difference * (display - mean)
-        return mean, (squares / max(1, self.samples - 1)).sqrt()
+            yield (self._run(denoise, noise.expand_as(start)) + 1) / 2
+
+    def _combined(self, samples: Iterator[torch.Tensor]) -> torch.Tensor:
+        if self.every_sample:
+            return torch.cat(list(samples), 1)
+        mean = squares = torch.zeros(())
+        for number, sample in enumerate(samples, start=1):
+            difference = sample - mean  # Welford: the sum of squares would lose a small spread to rounding
+            mean = mean + difference / number
+            squares = squares + difference * (sample - mean)
+        return mean if self.samples == 1 else torch.cat([mean, (squares / max(1, self.samples - 1)).sqrt()], 1)
 
     def _run(self, denoise: Callable[[torch.Tensor, float], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Return the image that the noise ``x`` becomes."""

@@ -19,6 +19,7 @@ from monai.inferers import SlidingWindowInferer
 
 from pipelines.files import write_json
 from pipelines.metrics import segmentation_metrics, summarise
+from pipelines.metrics.calibration import calibration_figures, count_calibration
 from pipelines.metrics.fusion import HIGHER_IS_BETTER, error_uncertainty, fusion_figures
 from pipelines.metrics.ranks import compare_methods, mean_ranks
 from pipelines.reports.tables import format_table, read_per_case_csv, write_per_case_csv, write_summary_json
@@ -77,11 +78,11 @@ class LesionReader:
 
     @torch.no_grad()
     def __call__(self, fused: np.ndarray) -> np.ndarray:
-        """Return the lesion mask (X, Y, Z) bool of a fused image (X, Y, Z) in display units."""
+        """Return the probability of lesion (X, Y, Z) float32 of a fused image (X, Y, Z) in display units."""
         image = torch.as_tensor(fused, dtype=torch.float32, device=self.device)[None, None]
         logits = self.inferer(image, self.network)
         assert isinstance(logits, torch.Tensor)
-        return logits.argmax(1)[0].cpu().numpy() > 0
+        return logits.float().softmax(1)[0, 1:].sum(0).cpu().numpy()
 
 
 class FusionCases:
@@ -93,7 +94,7 @@ class FusionCases:
         source: of what these are results (``source_of``).
         subjects: subject of each case (with its severity), the unit of the bootstrap.
         spacing_mm: of the grid that the network works on.
-        lesion: reads the lesion from a fused image; None = no figures of lesions.
+        lesion: reads the probability of lesion from a fused image; None = no figures of lesions.
         compare_with: ``metrics`` folders of other evaluations of the same cases, whose networks join the ranks.
         reference_key, pair_key, scale_key, head_key: in the batch.
 
@@ -132,7 +133,7 @@ class FusionCases:
         self.uncertainty: list[dict[str, Any]] = []
 
     def attach(self, engine: Engine) -> None:
-        """Register on an evaluator whose output is in display units: (1, ...), or mean and standard deviation."""
+        """Register on an evaluator whose output is samples in display units (samples, X, Y, Z)."""
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self._write)
 
@@ -140,17 +141,32 @@ class FusionCases:
         for item, batch in zip(engine.state.output, engine.state.batch, strict=True):
             case = batch["case"]
             values = {name: np.asarray(torch.as_tensor(batch[key]).cpu()) for name, key in self.keys.items()}
-            fused = np.asarray(item["pred"].cpu())
+            samples = np.asarray(item["pred"].cpu())
+            fused = samples.mean(0)
             truth = dict(zip(REFERENCE_CHANNELS, values["reference"], strict=True))
             severity = case.rpartition("@")[2]
             head, target = values["head"][0] > 0.5, (truth["x0"] + 1) / 2
-            for name, image in self._fused(fused[0], values["pair"], values["scale"], truth["bone"]).items():
+            for name, image in self._fused(fused, values["pair"], values["scale"], truth["bone"]).items():
                 figures = self._figures(image, truth, target, head, case)
                 label = {"case": case, "subject": self.subjects[case], "label": f"{name} @{severity}"}
                 self.rows.append({**label, "status": figures.pop("status", "both"), **figures})
-            if len(fused) > 1:
-                spread = error_uncertainty(fused[0], target, fused[1], head, case=case)
-                self.uncertainty.append({"case": case, "subject": self.subjects[case], **spread})
+            if len(samples) > 1:
+                spread = error_uncertainty(fused, target, samples.std(0, ddof=1), head, case=case)
+                lesion = {} if self.lesion is None else self._lesion_calibration(samples, truth["lesion"], head, case)
+                self.uncertainty.append({"case": case, "subject": self.subjects[case], **spread, **lesion})
+
+    def _lesion_calibration(
+        self, samples: np.ndarray, lesion: np.ndarray, head: np.ndarray, case: str
+    ) -> dict[str, float | int | None]:
+        """Return ECE and Brier score of the lesion's probability: of the mean over samples, and of the first alone."""
+        assert self.lesion is not None
+        probabilities = np.stack([self.lesion(sample) for sample in samples])
+        figures: dict[str, float | int | None] = {}
+        for name, probability in (("", probabilities.mean(0)), ("_first", probabilities[0])):
+            counts = count_calibration(probability, lesion > 0.5, head, case)
+            measured = calibration_figures(counts)
+            figures |= {f"lesion_{figure}{name}": measured[figure] for figure in ("ece", "brier")}
+        return figures
 
     def _fused(self, ours: np.ndarray, pair: np.ndarray, scale: np.ndarray, bone: np.ndarray) -> dict[str, np.ndarray]:
         """Return the image of every method; all but the oracle see what the network sees."""
@@ -174,7 +190,7 @@ class FusionCases:
         )
         if self.lesion is None:
             return figures
-        found, there = self.lesion(image).astype(np.uint8), (truth["lesion"] > 0.5).astype(np.uint8)
+        found, there = (self.lesion(image) > 0.5).astype(np.uint8), (truth["lesion"] > 0.5).astype(np.uint8)
         (row,) = segmentation_metrics(found, there, self.spacing_mm, {1: "lesion"}, case=case)
         lesion = {f"lesion_{name}": row[name] for name in LESION_FIGURES}
         return {**figures, "status": row["status"], **lesion}  # missed and empty are those of the lesion

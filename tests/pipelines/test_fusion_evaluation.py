@@ -90,7 +90,7 @@ def bright(fused: np.ndarray) -> np.ndarray:
     """Read the lesion by its brightness inside of the skull."""
     middle = np.zeros(SHAPE, bool)
     middle[7:16, 6:15, 5:14] = True
-    return (fused > 0.85) & middle
+    return ((fused > 0.85) & middle).astype(np.float32)
 
 
 def evaluate(
@@ -107,7 +107,7 @@ def evaluate(
         device=torch.device("cpu"),
         val_data_loader=DataLoader(Dataset(list(items), prepare), batch_size=1),
         network=Pointwise(*weights),
-        inferer=SamplingInferer(SimpleInferer(), 3, **(sampling or {"schedule": "none"})),
+        inferer=SamplingInferer(SimpleInferer(), 3, every_sample=True, **(sampling or {"schedule": "none"})),
     )
     subjects = {item["case"]: item["subject"] for item in items}
     FusionCases(method, folder, SOURCE, subjects, SPACING, **options).attach(evaluator)
@@ -189,7 +189,7 @@ def test_the_network_is_measured_against_the_clean_reference(measured: Path, ite
     )
     row = rows["c1@2", "ours @2"]
     assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5)
-    found, there = bright(fused), np.asarray(item["label"])[0] > 0
+    found, there = bright(fused) > 0, np.asarray(item["label"])[0] > 0
     assert row["lesion_dice"] == pytest.approx(2 * (found & there).sum() / (found.sum() + there.sum()))
     # without degradation, MRI alone is the reference of the brain and the oracle that of the bone as well
     for name, figure, best in ((MRI_ALONE, "brain_ssim_within", 1), (ORACLE, "bone_psnr_db", 100)):
@@ -243,6 +243,18 @@ def test_of_several_samples_the_spread_is_measured(tmp_path: Path) -> None:
         assert row["n_voxels"] == np.asarray(head(number)["foreground"]).sum()
         assert row["rms_std"] == pytest.approx(0.1, rel=0.05)
         assert row["rmse"] > 0.1  # this network never shows the bone
+        assert "lesion_ece" not in row  # there is no lesion head
+
+
+# The samples are the MRI plus noise of .1: near the threshold a voxel is a lesion in some and not in others. The mean
+# over four samples is then nearer to the truth than a single one, which is sure and often wrong.
+def test_of_several_samples_the_probability_of_lesion_is_calibrated(tmp_path: Path) -> None:
+    sampling = {"schedule": "cosine", "steps": 1, "samples": 4}
+    items = at_severities([head(0), head(1)], [0])
+    folder = evaluate(tmp_path / "m", items, weights=(0.5, 0, 0.2), sampling=sampling, lesion=bright)
+    for row in json.loads((folder / "uncertainty.json").read_text())["cases"]:
+        assert 0 < row["lesion_brier"] < row["lesion_brier_first"] < 1
+        assert row["lesion_brier_first"] == pytest.approx(row["lesion_ece_first"])  # of 0 and 1: the share of errors
 
 
 # ---- the truth has no way in (R28) ---------------------------------------------------------------------------------
@@ -395,8 +407,8 @@ class Threshold(nn.Module):
 def test_the_reader_segments_images_of_any_size(shape: tuple[int, int, int]) -> None:
     image = np.random.default_rng(0).uniform(0, 1, shape).astype(np.float32)
     found = LesionReader(Threshold(), (16, 16, 1), torch.device("cpu"))(image)
-    assert found.dtype == bool
-    np.testing.assert_array_equal(found, image > 0.7)
+    np.testing.assert_allclose(found, 1 / (1 + np.exp(0.7 - image)), rtol=1e-5)
+    np.testing.assert_array_equal(found > 0.5, image > 0.7)
 
 
 def test_no_weights_no_reader() -> None:

@@ -16,7 +16,7 @@ from monai.data import MetaTensor
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 from monai.networks.schedulers import DDIMScheduler, RFlowScheduler
 
-from pipelines.inference import AutocastInferer, SamplingInferer, ddim_step, sampling_times
+from pipelines.inference import AutocastInferer, SamplingInferer, ddim_step, distance_to_guess, sampling_times
 from pipelines.inference.sampling import volume_noise
 from transforms.diffusion import NoiseSchedule
 from transforms.errors import BundleError, DataError
@@ -186,6 +186,26 @@ def test_mean_and_spread_of_samples() -> None:
     torch.testing.assert_close(result[:, :1], single.mean(0, keepdim=True))
     torch.testing.assert_close(result[:, 1:], single.std(0, keepdim=True))
     assert float(result[:, 1:].min()) > 0  # uncertainty is alive in every voxel
+    every = sampler(samples=3, every_sample=True)(condition, denoise)
+    assert torch.equal(every, single[:, 0][None])
+
+
+def test_the_distance_to_the_guess_pulls_towards_it() -> None:
+    """0 where the image is the blend of the inputs; a guided pass of a network that returns nothing comes nearer."""
+    draw = torch.Generator().manual_seed(4)
+    guess = torch.rand(1, 1, 12, 12, 12, generator=draw)
+    condition = torch.cat([torch.zeros_like(guess), 4 * guess - 2], 1)
+    assert float(distance_to_guess(2 * guess - 1, condition).abs().max()) < 1e-5
+    blurred = torch.nn.functional.avg_pool3d(guess, 3, 1, 1)
+
+    def network(x: torch.Tensor) -> torch.Tensor:
+        return 2 * blurred - 1
+
+    far, near = (
+        sampler("none", guidance=distance_to_guess, guidance_strength=strength)(condition, network)
+        for strength in (0.0, 0.05)
+    )
+    assert (near - guess).square().mean() < 0.9 * (far - guess).square().mean()
 
 
 def test_one_pass_has_no_spread_and_calls_the_network_once() -> None:
