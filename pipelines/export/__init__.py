@@ -1,0 +1,1 @@
+"""A trained bundle as one signed archive, and everything that a hospital can check before it trusts it."""
