@@ -298,5 +298,6 @@ def _source_digest(module: Any) -> str | None:
     file = getattr(module, "__file__", None)
     if file is None or name in _LIBRARY_MODULES or name in sys.stdlib_module_names:
         return None
-    files = sorted(Path(file).parent.glob("*.py")) if getattr(module, "__package__", "") else [Path(file)]
-    return _sha256([[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in files])
+    folder = Path(file).parent
+    files = sorted(folder.rglob("*.py")) if getattr(module, "__package__", "") else [Path(file)]
+    return _sha256([[f.relative_to(folder).as_posix(), hashlib.sha256(f.read_bytes()).hexdigest()] for f in files])

@@ -24,7 +24,7 @@ AFFINE[:3, :3] = TURN @ np.diag([0.5, 1.0, 3.0])
 AFFINE[:3, 3] = (-10, 20, 5)
 SHAPE = (5, 4, 3)
 PIXDIM = 76  # byte offsets in a NIfTI-1 header
-DIM, DATATYPE, VOX_OFFSET, SLOPE, QFORM, SROW, MAGIC = 40, 70, 108, 112, 252, 280, 344
+DIM, DATATYPE, VOX_OFFSET, SLOPE, UNITS, QFORM, SROW, MAGIC = 40, 70, 108, 112, 123, 252, 280, 344
 
 
 def voxels(dtype: str = "float32", shape: tuple[int, ...] = SHAPE) -> np.ndarray:
@@ -206,6 +206,82 @@ def test_voxels_inside_the_header_are_refused(image: Path) -> None:
 def test_an_infinite_slope_is_refused(tmp_path: Path) -> None:
     path = patched(save(tmp_path / "scaled.nii.gz", voxels("int16")), SLOPE, "f", float("inf"))
     refused(read_voxels, path, "scaling")
+
+
+def test_a_width_that_is_not_that_of_the_type_is_refused(image: Path) -> None:
+    patched(image, DATATYPE + 2, "h", 16)
+    refused(read_header, image, "float32 and 16 bits per voxel, expected 32")
+
+
+@pytest.mark.parametrize(("unit", "name"), [(1, "metres"), (3, "micrometres"), (5, "an unknown unit")])
+def test_lengths_in_another_unit_are_refused(image: Path, unit: int, name: str) -> None:
+    patched(image, UNITS, "B", unit + 8)  # 8: seconds, which change nothing
+    refused(read_header, image, name)
+    patched(image, UNITS, "B", 2 + 8)
+    assert read_header(image).spacing == pytest.approx((0.5, 1.0, 3.0), rel=1e-6)
+
+
+def test_a_pixdim_that_contradicts_the_affine_is_refused(image: Path) -> None:
+    """The affine's columns are 0.5, 1 and 3 mm long: 0.8 % more is rounding, 3 % another voxel size."""
+    patched(image, PIXDIM + 12, "f", 3 * 1.008)
+    assert read_header(image).spacing == pytest.approx((0.5, 1.0, 3.0), rel=1e-6)
+    patched(image, PIXDIM + 12, "f", 3 * 1.03)
+    refused(read_header, image, "pixdim says [0.5, 1.0, 3.09] mm")
+
+
+@pytest.mark.parametrize("spacing", [1e-5, 5e3])
+def test_a_spacing_that_no_scan_has_is_refused(tmp_path: Path, spacing: float) -> None:
+    path = save(tmp_path / "image.nii.gz", voxels(), np.diag([1, spacing, 1, 1.0]))
+    refused(read_header, path, "expected 0.0001 to 1000 mm")
+
+
+def test_an_unknown_orientation_is_refused_and_not_guessed(image: Path) -> None:
+    """nibabel takes such a file for one whose first axis runs to the left."""
+    patched(image, QFORM, "2h", 0, 0)
+    assert nib.load(image).affine[0, 0] < 0
+    refused(read_header, image, "no orientation")
+    patched(image, QFORM, "2h", 0, -1)
+    refused(read_header, image, "codes")
+
+
+def test_extensions_are_passed_over(tmp_path: Path) -> None:
+    stored = nib.Nifti1Image(voxels(), AFFINE)
+    for text in (b"short", b"a longer comment than sixteen bytes"):
+        stored.header.extensions.append(nib.nifti1.Nifti1Extension("comment", text))
+    nib.save(stored, tmp_path / "image.nii.gz")
+    np.testing.assert_array_equal(read_voxels(tmp_path / "image.nii.gz"), voxels())
+
+
+def test_an_offset_that_moves_the_voxels_is_refused(tmp_path: Path) -> None:
+    """16 bytes later: the image would begin with its fifth voxel and end with four zeros from the padding."""
+    path = save(tmp_path / "image.nii", voxels())
+    content = bytearray(path.read_bytes() + bytes(16))
+    struct.pack_into("<f", content, VOX_OFFSET, 368.0)
+    path.write_bytes(bytes(content))
+    assert nib.load(path).get_fdata()[0, 0, 0] != voxels()[0, 0, 0]
+    refused(read_voxels, path, "16 bytes that are no extension")
+
+
+def test_an_offset_beyond_all_memory_is_refused(image: Path) -> None:
+    patched(image, VOX_OFFSET, "f", 3e38)
+    refused(read_voxels, image, "budget")
+
+
+def test_a_nifti2_whose_line_ends_were_translated_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "two.nii"
+    nib.save(nib.Nifti2Image(voxels(), AFFINE), path)
+    content = bytearray(path.read_bytes())
+    content[8:12] = b"\n\n\x1a\n"
+    path.write_bytes(bytes(content))
+    refused(read_header, path, "no single-file NIfTI")
+
+
+def test_the_budget_of_the_environment_holds_for_every_reader(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIDUCIAL_MAX_VOXELS", "59")
+    for call in (read_header, read_voxels, check_voxels, read_label):
+        refused(call, image, "60 voxels, more than the budget of 59")
+    monkeypatch.setenv("FIDUCIAL_MAX_VOXELS", "60")
+    assert read_voxels(image).size == 60
 
 
 def test_an_absent_file_is_refused(tmp_path: Path) -> None:
