@@ -4,7 +4,10 @@ Speed: Dice, HD95 and NSD beside MONAI's on 192x512x512, interleaved in one proc
 lesions of one class. Truth: errors against analytic surfaces, beside MeshMetrics and DeepMind's surface-distance
 where they are installed (``pip install --no-deps pymeshmetrics surface-distance vtk``).
 
-    .venv/bin/python benchmarks/metrics_segmentation.py [speed] [truth]
+    .venv/bin/python benchmarks/metrics_segmentation.py [speed] [truth] [SEED ...]
+
+A number is the seed of the places and rotations of ``truth`` (0 without one): a change of the surface is to be tried on
+seeds that it was not designed on.
 """
 
 from __future__ import annotations
@@ -190,15 +193,15 @@ def deepmind(prediction: np.ndarray, reference: np.ndarray, spacing: tuple[float
     )
 
 
-def errors() -> None:
-    """Print the mean absolute error of every tool for every family of shapes."""
+def errors(seeds: list[int]) -> None:
+    """Print the mean absolute error of every tool for every family of shapes, over the pairs of all seeds."""
     tools: dict[str, Callable[..., Any]] = {"surface (ours)": surface_distances}
     if importlib.util.find_spec("meshmetrics") and importlib.util.find_spec("vtk"):
         tools["MeshMetrics"] = mesh_metrics
     if importlib.util.find_spec("surface_distance"):
         tools["surface-distance"] = deepmind
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for family, spacing, first, second, tolerances in pairs():
+    for family, spacing, first, second, tolerances in (pair for seed in seeds for pair in pairs(seed)):
         expected = summary(truth(first, second, spacing), tolerances)
         masks = rasterise(first, second, spacing)
         for name, tool in tools.items():
@@ -212,11 +215,12 @@ def errors() -> None:
 
 def main() -> None:
     """Run what the arguments name, or both."""
-    parts = sys.argv[1:] or ["speed", "truth"]
+    seeds = [int(part) for part in sys.argv[1:] if part.isdigit()]
+    parts = [part for part in sys.argv[1:] if not part.isdigit()] or (["truth"] if seeds else ["speed", "truth"])
     if "speed" in parts:
         speed()
     if "truth" in parts:
-        errors()
+        errors(seeds or [0])
 
 
 if __name__ == "__main__":

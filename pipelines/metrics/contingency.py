@@ -1,8 +1,8 @@
 """Which instance of one label map overlaps which of another, and by how many voxels: everything instance metrics need.
 
 Neighbours along the last axis mostly carry the same pair of ids, so a volume is read once, as runs of equal pairs; only
-the runs are sorted and counted. Time is that of one pass over the voxels, memory that of the runs, for any number of
-instances, and ids need not be contiguous.
+the runs are counted: in a hash table of the pairs (compiled), or sorted (NumPy), with the same result. Time is that of
+one pass over the voxels, memory that of the pairs or runs, for any number of instances, and ids need not be contiguous.
 """
 
 from __future__ import annotations
@@ -14,9 +14,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pipelines.metrics.inputs import as_mask
+from pipelines.metrics.jit import HAVE_NUMBA
 from transforms.errors import DataError
 
+if HAVE_NUMBA:
+    from pipelines.metrics.kernels_instances import count_pairs
+
 _BLOCK_VOXELS = 1 << 18  # runs are looked for in a piece that fits into the cache
+_PIECE_VOXELS = 1 << 13  # the same on the compiled path, where a piece costs nothing: the innermost cache
 _Ids = NDArray[np.integer[Any]]
 
 
@@ -90,7 +95,7 @@ def contingency(
         )
     if all(array.flags.f_contiguous for array in maps):
         maps = [array.T for array in maps]
-    predicted, referenced, voxels = _runs(maps)
+    predicted, referenced, voxels = _pairs(maps) if HAVE_NUMBA else _runs(maps)
     for name, ids in (("prediction", predicted), ("reference", referenced)):
         if ids.min(initial=0) < 0:
             raise DataError(
@@ -158,6 +163,25 @@ def _as_ids(array: ArrayLike, name: str, case: str) -> _Ids:
     return ids
 
 
+def _pairs(maps: list[NDArray[Any]]) -> tuple[_Ids, _Ids, NDArray[np.int64]]:
+    """Return what :func:`_runs` returns with every pair once, in no order: the compiled path."""
+    types = [array.dtype.newbyteorder("=") for array in maps[:2]]
+    # One kernel per width of the ids; zeros in front of a negative id are cut off again below.
+    width = np.dtype(f"u{max(dtype.itemsize for dtype in types)}")
+    flat = [
+        array.reshape(-1).astype(dtype, copy=False).view(f"u{dtype.itemsize}").astype(width, copy=False)
+        for array, dtype in zip(maps, types, strict=False)
+    ]
+    keep = maps[2].reshape(-1).view(np.uint8) if len(maps) > 2 else np.empty(0, np.uint8)
+    first, second, voxels = count_pairs(flat[0], flat[1], keep, _PIECE_VOXELS)
+    kept = np.flatnonzero(first | second)
+    ids = [
+        found[kept].astype(f"u{dtype.itemsize}").view(dtype)
+        for found, dtype in zip((first, second), types, strict=True)
+    ]
+    return ids[0], ids[1], voxels[kept]
+
+
 def _runs(maps: list[NDArray[Any]]) -> tuple[_Ids, _Ids, NDArray[np.int64]]:
     """Return ids and lengths of the runs of equal pairs, block by block; what is background in both is left out."""
     prediction, reference, *mask = (array.reshape(-1) for array in maps)
@@ -166,7 +190,7 @@ def _runs(maps: list[NDArray[Any]]) -> tuple[_Ids, _Ids, NDArray[np.int64]]:
         block = slice(start, start + _BLOCK_VOXELS)
         p, r = prediction[block], reference[block]
         if mask:
-            p, r = p * mask[0][block], r * mask[0][block]
+            p, r = (np.where(mask[0][block], ids, ids.dtype.type(0)) for ids in (p, r))
         changes = p[1:] != p[:-1]
         changes |= r[1:] != r[:-1]
         first = np.concatenate(([0], np.flatnonzero(changes) + 1))[: p.size]
@@ -198,12 +222,20 @@ def _sum_equal_pairs(
 
 
 def _table(predicted: _Ids, referenced: _Ids, voxels: NDArray[np.int64]) -> Contingency:
-    predicted_ids, predicted_index = np.unique(predicted, return_inverse=True)
-    reference_ids, reference_index = np.unique(referenced, return_inverse=True)
+    """Return the table of distinct pairs that are ordered by predicted id, background left out."""
+    changes = predicted[1:] != predicted[:-1]
+    first = np.concatenate(([0], np.flatnonzero(changes) + 1))[: predicted.size]
+    reference_ids = np.unique(referenced)
+    reference_index = np.searchsorted(reference_ids, referenced)
     # bincount adds in float64, which holds whole numbers up to 2**53.
-    predicted_sizes = np.bincount(predicted_index, voxels, predicted_ids.size).astype(np.int64)
     reference_sizes = np.bincount(reference_index, voxels, reference_ids.size).astype(np.int64)
     everything = Contingency(
-        predicted_ids, reference_ids, predicted_sizes, reference_sizes, predicted_index, reference_index, voxels
+        predicted[first],
+        reference_ids,
+        np.add.reduceat(voxels, first) if first.size else voxels,
+        reference_sizes,
+        np.concatenate(([0], np.cumsum(changes)))[: predicted.size],
+        reference_index,
+        voxels,
     )
-    return everything.select(predicted_ids != 0, reference_ids != 0)
+    return everything.select(everything.predicted_ids != 0, reference_ids != 0)

@@ -33,7 +33,13 @@ from pipelines.metrics.threads import run
 N_ROWS = 192
 """Rows searched around a voxel before the k-d tree takes over: a radius of 8 voxels where they are square."""
 
+SLAB_VOXELS = 8_192
+"""Edge voxels in a piece of a search, about: large beside the start of a task, small beside the search of a label."""
+
 Bits = NDArray[np.uint64]
+Marked = tuple[Bits, NDArray[np.int64]]
+"""Voxels of a box that a search begins or ends at, and their number per plane."""
+
 T = TypeVar("T")
 
 
@@ -60,20 +66,15 @@ class PackedPair:
     def edge_distances(self) -> EdgeDistances:
         """Distances in mm between the edge voxels of the two masks, in both directions."""
         edges = self._of_both(lambda mask: kernels.edges(mask, self._planes, False))
-        return EdgeDistances(self._distances(edges[0], edges[1]), self._distances(edges[1], edges[0]))
+        return EdgeDistances(*self._both_ways(edges[0], edges[1]))
 
     def cell_distances(self, spacing_mm: Sequence[float], bound_mm: float) -> CellDistances:
         """Areas and distances of the surface cells; distances above ``bound_mm`` may be infinite."""
         weights = self._corner_weights()
         areas = cell_areas(tuple(spacing_mm))
         found = self._of_both(lambda mask: kernels.cells(mask, self._planes, weights))
-        crossed = [cell[:2] for cell in found]
-        return CellDistances(
-            areas[found[0][2]],
-            self._distances(crossed[0], crossed[1], bound_mm),
-            areas[found[1][2]],
-            self._distances(crossed[1], crossed[0], bound_mm),
-        )
+        forth, back = self._both_ways(found[0][:2], found[1][:2], bound_mm)
+        return CellDistances(areas[found[0][2]], forth, areas[found[1][2]], back)
 
     def boundary_overlap(self, width_mm: float) -> tuple[int, int]:
         """Voxels in both boundary bands, and in at least one."""
@@ -119,9 +120,11 @@ class PackedPair:
         in_image_order = 2 ** np.arange(2**ndim)[::-1].reshape((2,) * ndim)
         return np.ascontiguousarray(in_image_order.transpose(self.axes)).ravel()
 
-    def _distances(
-        self, query: tuple[Bits, NDArray[np.int64]], target: tuple[Bits, NDArray[np.int64]], bound_mm: float = np.inf
-    ) -> NDArray[np.float64]:
+    def _both_ways(self, first: Marked, second: Marked, bound_mm: float = np.inf) -> list[NDArray[np.float64]]:
+        ways = ((first, second), (second, first))
+        return run(lambda way: self._distances(*way, bound_mm), ways, self.threads)
+
+    def _distances(self, query: Marked, target: Marked, bound_mm: float) -> NDArray[np.float64]:
         bits, counts = query
         begins = np.concatenate([[0], np.cumsum(counts)])
         squared = np.empty(begins[-1])
@@ -130,9 +133,8 @@ class PackedPair:
         if np.hypot(*extent) ** 2 <= row_mm2[-1]:
             row_mm2 = np.append(row_mm2[:-1], np.inf)
         bound, step_mm = search_radius(bound_mm) ** 2, np.array(self.spacing_mm)
-        # Slabs with about as many voxels each, a few per thread: far ones take longer. Few are not worth a thread.
-        threads = self.threads if squared.size > 20_000 else 1
-        n_slabs = 4 * threads if threads > 1 else 1
+        # Slabs with about as many voxels each. Their number must not depend on the threads: no value may.
+        n_slabs = -(-squared.size // SLAB_VOXELS)
         cuts = np.unique(np.searchsorted(begins, np.linspace(0, begins[-1], n_slabs + 1)))
         cuts[0], cuts[-1] = 0, len(counts)
 
@@ -140,14 +142,16 @@ class PackedPair:
             out = squared[begins[slab[0]] : begins[slab[1]]]
             kernels_search.nearest_squared(bits, target[0], dz, dy, row_mm2, step_mm, bound, *slab, out)
 
-        run(search, pairwise(cuts.tolist()), threads)
+        run(search, pairwise(cuts.tolist()), self.threads)
         undecided = np.flatnonzero(squared < 0)
         distances = np.sqrt(np.maximum(squared, 0))
         if undecided.size:
             places = kernels.coordinates(bits, begins[-1])[undecided] * step_mm
             tree = cKDTree(kernels.coordinates(target[0], target[1].sum()) * step_mm, LEAF_POINTS)
-            found = tree.query(places, distance_upper_bound=search_radius(bound_mm), workers=self.threads)
-            distances[undecided] = found[0]
+            parts = np.array_split(places, -(-len(places) // SLAB_VOXELS))
+            radius = search_radius(bound_mm)
+            found = run(lambda part: tree.query(part, distance_upper_bound=radius)[0], parts, self.threads)
+            distances[undecided] = np.concatenate(found)
         return distances
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +16,9 @@ from scipy import ndimage
 from pipelines.metrics import distances
 from pipelines.metrics.distances import DensePair, LabelPair, cell_areas, dense_pairs, label_pairs, within
 from pipelines.metrics.jit import HAVE_NUMBA
+from pipelines.metrics.segmentation import segmentation_metrics
+from pipelines.metrics.threads import run
+from transforms.errors import DataError
 
 needs_numba = pytest.mark.skipif(not HAVE_NUMBA, reason="the compiled path is switched off")
 
@@ -145,3 +151,73 @@ def test_area_of_a_cell_cut_along_an_axis() -> None:
     assert areas[0b11001100] == pytest.approx(3.0)
     assert areas[0b10101010] == pytest.approx(2.0)
     assert areas[0] == areas[255] == 0
+
+
+# Slabs, parts of a scan and the k-d tree of the far voxels are cut by the size of the task, not by the threads: equal
+# numbers, not only close ones. The specks are far apart, so that the search by rows leaves some undecided.
+@needs_numba
+@pytest.mark.parametrize("make", [blobs, specks])
+def test_threads_change_no_bit(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.metrics.packed.SLAB_VOXELS", 16)
+    maps = [make(seed, (23, 37, 90)) for seed in (1, 2)]
+    labels = {value: str(value) for value in (1, 2, 9)}
+    for map_ in maps:
+        map_[0, 0, 0] = map_[22, 36, 89] = 1
+    rows = [segmentation_metrics(*maps, (3.0, 0.7, 0.9), labels, threads=threads) for threads in (1, 2, 3, 7)]
+    assert rows[0][0]["status"] == "both"
+    assert rows[1:] == rows[:1] * 3
+
+
+@needs_numba
+def test_slabs_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = [blobs(seed, (23, 37, 90)) for seed in (1, 2)]
+    whole = segmentation_metrics(*maps, (3.0, 0.7, 0.9), {1: "a", 2: "b"}, threads=2)
+    monkeypatch.setattr("pipelines.metrics.packed.SLAB_VOXELS", 100)
+    assert segmentation_metrics(*maps, (3.0, 0.7, 0.9), {1: "a", 2: "b"}, threads=2) == whole
+
+
+# ---- work shared by threads ------------------------------------------------------------------------------------------
+
+
+def test_nested_runs_keep_the_order_and_the_number_of_threads() -> None:
+    working, most, lock = 0, 0, threading.Lock()
+
+    def leaf(i: int) -> int:
+        nonlocal working, most
+        with lock:
+            working += 1
+            most = max(most, working)
+        time.sleep(0.002)
+        with lock:
+            working -= 1
+        return i * i
+
+    found = run(lambda j: run(leaf, range(10 * j, 10 * j + 5), 4), range(6), 3)
+    assert found == [[i * i for i in range(10 * j, 10 * j + 5)] for j in range(6)]
+    assert most <= 3
+
+
+# The last item of the outer run is the long one: the thread that is done with the others takes some of its parts.
+def test_a_free_thread_helps_inside_of_the_last_item() -> None:
+    barrier = threading.Barrier(2, timeout=10)
+
+    def part(_: int) -> int:
+        barrier.wait()  # passed only by two threads at once
+        return threading.get_ident()
+
+    outer = run(lambda n: run(part, range(n), 1), [0, 2], 2)
+    assert len(set(outer[1])) == 2
+
+
+def test_an_error_in_a_thread_is_raised_and_ends_nothing_else() -> None:
+    done = []
+
+    def task(i: int) -> None:
+        if i == 1:
+            raise DataError("what", "why", "what to do")
+        done.append(i)
+
+    with pytest.raises(DataError, match="what"):
+        run(lambda j: run(task, range(3), 2) if j else None, range(2), 2)
+    assert sorted(done) == [0, 2]
+    assert run(lambda i: i, range(3), 2) == [0, 1, 2]

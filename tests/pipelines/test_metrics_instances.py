@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from fractions import Fraction
 
@@ -11,14 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.metrics import PanopticQualityMetric
+from scipy import ndimage
 from skimage.metrics import contingency_table
 
-from pipelines.metrics.contingency import contingency, majority_classes
+from pipelines.metrics.contingency import Contingency, contingency, majority_classes
 from pipelines.metrics.instance_counts import COCO_THRESHOLDS, instance_figures, pool_cases, pool_counts
 from pipelines.metrics.instances import count_instances, instance_metrics
+from pipelines.metrics.jit import HAVE_NUMBA
 from pipelines.metrics.matching import average_precision, best_assignment
 from pipelines.metrics.summary import summarise
 from transforms.errors import DataError, UsageError
+
+needs_numba = pytest.mark.skipif(not HAVE_NUMBA, reason="the compiled path is switched off")
 
 CLASSES = {0: "background", 1: "red", 2: "white"}
 
@@ -85,8 +90,72 @@ def test_dtype_order_and_blocks_do_not_matter(dtype, monkeypatch) -> None:
     assert one(prediction.astype(dtype), reference.astype(dtype)) == expected
     assert one(np.asfortranarray(prediction), np.asfortranarray(reference)) == expected
     assert one(prediction[::-1], reference[::-1]) == expected
+    monkeypatch.setattr("pipelines.metrics.contingency._PIECE_VOXELS", 64)
+    assert one(prediction, reference) == expected
+    monkeypatch.setattr("pipelines.metrics.contingency.HAVE_NUMBA", False)
     monkeypatch.setattr("pipelines.metrics.contingency._BLOCK_VOXELS", 7)
     assert one(prediction, reference) == expected
+
+
+def tables_of_both_paths(prediction, reference, mask=None) -> tuple[Contingency, Contingency]:
+    compiled = contingency(prediction, reference, mask)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipelines.metrics.contingency.HAVE_NUMBA", False)
+        return compiled, contingency(prediction, reference, mask)
+
+
+def same_table(first: Contingency, second: Contingency) -> None:
+    for field in dataclasses.fields(Contingency):
+        mine, yours = getattr(first, field.name), getattr(second, field.name)
+        assert mine.dtype == yours.dtype, field.name
+        np.testing.assert_array_equal(mine, yours, err_msg=field.name)
+
+
+# Every array of the table, with its type: maps of one or two types, ids that are close or hashes, noise (each voxel a
+# pair of its own, so that the hash table grows), rows and columns first, cut by a mask, longer than a piece.
+@needs_numba
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    shape=st.sampled_from([(1, 1), (1, 63), (8, 8), (5, 13), (130, 70), (3, 5, 7), (9, 31, 40), (0, 4)]),
+    types=st.tuples(
+        *[st.sampled_from([bool, np.uint8, np.int8, np.int16, np.uint16, np.int32, np.int64, np.uint64])] * 2
+    ),
+    kind=st.sampled_from(["cells", "noise", "empty", "hashes"]),
+    columns_first=st.booleans(),
+    masked=st.booleans(),
+)
+def test_compiled_table_equals_numpy(seed, shape, types, kind, columns_first, masked) -> None:
+    rng = np.random.default_rng(seed)
+    maps = []
+    for dtype in types:
+        high = 1 if dtype is bool else int(np.iinfo(dtype).max)
+        if kind == "hashes":
+            ids = rng.integers(0, high, 5, dtype=np.uint64, endpoint=True)[rng.integers(0, 5, shape)]
+        elif kind == "noise":
+            ids = rng.integers(0, high, shape, dtype=np.uint64, endpoint=True)
+        else:
+            ids = (ndimage.gaussian_filter(rng.normal(size=shape), 2.0, mode="nearest") * 30).round().clip(0, high)
+        maps.append((0 * ids if kind == "empty" else ids).astype(dtype, order="F" if columns_first else "C"))
+    mask = rng.random(shape) < 0.7 if masked else None
+    same_table(*tables_of_both_paths(*maps, mask))
+
+
+# More than 2,048 pairs fill the first hash table; ids that differ in their highest bits only must not share one slot.
+@needs_numba
+@pytest.mark.parametrize("scale", [1, 2**20, 2**48])
+def test_many_pairs_far_apart(scale: int) -> None:
+    ids = np.arange(200 * 200, dtype=np.uint64).reshape(200, 200) % np.uint64(30_011)
+    compiled, slow = tables_of_both_paths(ids * np.uint64(scale), ids[::-1].copy())
+    same_table(compiled, slow)
+    assert compiled.intersection.sum() == np.count_nonzero(ids * ids[::-1])
+
+
+def test_types_of_the_other_byte_order_and_views() -> None:
+    prediction, reference = pair(6, (12, 14))
+    expected = one(prediction, reference)
+    assert one(prediction.astype(">i2"), reference.astype(">i4")) == expected
+    assert one(np.repeat(prediction, 2, 0)[::2], np.repeat(reference, 2, 1)[:, ::2]) == expected
 
 
 # Any injective renaming leaves every figure as it is; ids may be hashes of 64 bits.
