@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.preflight.configuration import lint
+from pipelines.preflight.keys import refuse_unknown_overrides
 from transforms.errors import BundleError
 
 if TYPE_CHECKING:
@@ -56,10 +57,11 @@ def run_bundle(name: str, config: str, overrides: Mapping[str, Any], variants: S
         overrides: top-level keys and their values; relative paths count from the caller's folder.
         variants: further configuration files of the bundle, laid over the first.
     """
-    from monai.bundle import run
+    from monai.bundle import ConfigParser, run
 
     root, files, values = _resolved(name, config, overrides, variants)
     with working_directory(root):
+        refuse_unknown_overrides(ConfigParser.load_config_files(files), values)
         run(config_file=files, **values)
 
 
@@ -74,6 +76,7 @@ def bundle_parser(
     with working_directory(root):
         parser = ConfigParser()
         parser.read_config(files)
+        refuse_unknown_overrides(parser.get(), values)
         parser.update(values)
         parser.parse()
         lint(parser.get())

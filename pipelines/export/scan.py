@@ -117,8 +117,9 @@ def load_config(content: bytes, where: str) -> Any:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 raise _refused(where, "it repeats a part of itself by an alias (a few lines can become gigabytes)")
-            if getattr(event, "tag", None):
-                raise _refused(where, f"it asks for an object by the tag {event.tag}")
+            tag = getattr(event, "tag", None)
+            if tag:
+                raise _refused(where, f"it asks for an object by the tag {tag}")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST:
                 raise _refused(where, f"it is nested deeper than {DEEPEST}")

@@ -19,6 +19,7 @@ from pipelines.names import nearest
 from pipelines.preflight.finding import CannotRun, Finding
 from pipelines.preflight.inspection import Inspection
 from pipelines.preflight.rule import Rule
+from pipelines.preflight.watch import WATCHED
 from pipelines.progress import progress
 from transforms.errors import BundleError, DataError, FiducialError, UsageError, find_error
 
@@ -82,7 +83,7 @@ class Battery:
         raise kind(
             f"{first.rule}: {first.what}{_cases(first)}{also}",
             f"{first.measured}; expected {first.threshold}; likely cause: {first.cause}",
-            f"{first.fix}; if it is meant, --acknowledge \"['{first.rule}: why']\"",
+            f"{first.fix.rstrip('.')}; if it is meant, --acknowledge \"['{first.rule}: why']\"",
         )
 
 
@@ -97,14 +98,14 @@ def run_battery(
     Args:
         rules: to run.
         inspection: what they look at.
-        acknowledge: ``<rule>: <reason>`` each.
-        thresholds: ``<rule>.<limit>=<number>`` each.
+        acknowledge: ``<rule>: <reason>`` each; also of the rules that watch a run.
+        thresholds: ``<rule>.<limit>=<number>`` each; likewise.
 
     Raises:
         UsageError: an acknowledgement or threshold that names no rule, or says no reason or number.
     """
-    accepted = acknowledgements(acknowledge, rules)
-    adjusted = with_thresholds(rules, thresholds)
+    accepted = acknowledgements(acknowledge, (*rules, *WATCHED))
+    adjusted = with_thresholds(rules, thresholds, further=WATCHED)
     with _random_generators_kept():
         outcomes = tuple(_outcome(rule, inspection) for rule in progress(adjusted, "preflight"))
     battery = Battery(outcomes, accepted)
@@ -138,13 +139,18 @@ def acknowledgements(texts: Sequence[str], rules: Sequence[Rule]) -> dict[str, s
     return accepted
 
 
-def with_thresholds(rules: Sequence[Rule], texts: Sequence[str]) -> list[Rule]:
+def with_thresholds(rules: Sequence[Rule], texts: Sequence[str], further: Sequence[Rule] = ()) -> list[Rule]:
     """Return the rules with ``<rule>.<limit>=<number>`` texts in place of their defaults.
+
+    Args:
+        rules: to adjust.
+        texts: of the user.
+        further: rules that a text may mean as well, and that others adjust.
 
     Raises:
         UsageError: no such limit, or no number.
     """
-    known = sorted({f"{rule.id}.{name}" for rule in rules for name in rule.limits})
+    known = sorted({f"{rule.id}.{name}" for rule in (*rules, *further) for name in rule.limits})
     wanted: dict[str, float] = {}
     for text in texts:
         name, _, value = str(text).partition("=")

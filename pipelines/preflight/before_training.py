@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.preflight.battery import Battery, run_battery
+from pipelines.preflight.battery import Battery
 from pipelines.preflight.inspection import Inspection
+from pipelines.preflight.kept import kept_battery
 from pipelines.preflight.rules import RULES
 from pipelines.training.distributed import from_main_process, is_main_process
 from transforms.errors import FiducialError
@@ -33,7 +34,7 @@ def before_training(
     if is_main_process():
         try:
             rules = [rule for rule in RULES if rule.when == "preflight"]
-            result = run_battery(rules, inspection, acknowledge, thresholds)
+            result = kept_battery(rules, inspection, cache_dir, acknowledge, thresholds)
             result.raise_if_stopping()
         except FiducialError as refusal:
             result = refusal

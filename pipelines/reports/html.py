@@ -59,7 +59,7 @@ class Shown:
 def render(runs: Sequence[Shown]) -> str:
     """Return the report of one or several runs as HTML; several are also compared."""
     several = [run.data for run in runs] if len(runs) > 1 else []
-    template = _environment().get_template("report.html.j2")
+    template = page_environment().get_template("report.html.j2")
     return template.render(
         title=", ".join(run.data.name for run in runs),
         runs=[_context(number, run) for number, run in enumerate(runs, start=1)],
@@ -199,7 +199,8 @@ def _exact(value: Any) -> str:
 
 
 @lru_cache(maxsize=1)
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """Return the templates of all pages, which escape whatever they are given."""
     environment = Environment(
         loader=PackageLoader("pipelines.reports"),
         autoescape=True,

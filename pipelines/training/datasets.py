@@ -109,6 +109,7 @@ class PatchDataset(Dataset):
                 f"foreground_probability {foreground_probability}", "expected a share from 0 to 1", "correct it"
             )
         self.data = list(data)
+        self.preparation = preparation
         self.transform = transform
         self.label_ids = tuple(label_ids)
         self.crop_size = tuple(int(s) for s in crop_size)
@@ -185,6 +186,7 @@ class VolumeDataset(Dataset):
     ) -> None:
         if data:
             _refuse_unlabelled(data, "validation")
+        self.preparation = preparation
         self.transform = transform
         self.n_cases = len(data)  # over all processes
         self.cases = share(prepare(CaseCache(cache_dir, preparation, PatchCentres(label_ids)), data, "validation"))

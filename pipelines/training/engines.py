@@ -39,6 +39,7 @@ from pipelines.training.handlers import (
 from pipelines.training.phases import Phase
 from pipelines.training.state import NetworkState, Stateful
 from pipelines.training.tracking import MlflowLog
+from pipelines.training.watchdogs import Watchdogs, watch_phase
 from transforms.errors import BundleError
 
 
@@ -59,6 +60,7 @@ class EngineSettings:
         labels: name per label id, for the precision-recall curves.
         pictures: draws a case of the validation; None = as a segmentation.
         handlers: further ignite handlers of the bundle.
+        acknowledge, thresholds: of the watchdogs, see ``watch_phase``.
     """
 
     device: torch.device
@@ -74,6 +76,8 @@ class EngineSettings:
     labels: Mapping[int, str]
     pictures: Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]] | None
     handlers: Sequence[Any]
+    acknowledge: Sequence[str] = ()
+    thresholds: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class PhaseEngine:
         parts: by name, everything whose state a run must not lose and which is the same in every process.
         own: the same for what every process has of its own.
         keeper: of the phase's checkpoints.
-        board, non_finite, bad_cases: the handlers of these names.
+        board, non_finite, bad_cases, watchdogs: the handlers of these names.
         stop_early: None where the phase never stops early.
     """
 
@@ -97,6 +101,7 @@ class PhaseEngine:
     non_finite: NonFiniteSteps
     bad_cases: CountBadCases
     stop_early: StopEarly | None
+    watchdogs: Watchdogs
 
     @property
     def finished(self) -> bool:
@@ -203,6 +208,22 @@ def phase_engine(
         stop_early = StopEarly(keeper, phase.patience, first)
         parts["stop_early"] = stop_early
         standard.append(stop_early)
+    watchdogs = watch_phase(
+        phase,
+        validator=validator,
+        metric=settings.metrics.get(validator.state.key_metric_name) if validator is not None else None,
+        labels=settings.labels,
+        keeper=keeper,
+        non_finite=non_finite,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        stop_early=stop_early,
+        board=board,
+        acknowledge=settings.acknowledge,
+        thresholds=settings.thresholds,
+    )
+    parts["watchdogs"] = watchdogs
+    standard.append(watchdogs)
     trainer = FaultTolerantTrainer(
         device=settings.device,
         max_epochs=phase.max_epochs,
@@ -220,7 +241,7 @@ def phase_engine(
     )
     parts["scaler"] = ScalerState(trainer)
     own: dict[str, Stateful] = {"losses": losses, "bad_cases": bad_cases}
-    return PhaseEngine(trainer, parts, own, keeper, board, non_finite, bad_cases, stop_early)
+    return PhaseEngine(trainer, parts, own, keeper, board, non_finite, bad_cases, stop_early, watchdogs)
 
 
 class ScalerState:

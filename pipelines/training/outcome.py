@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipelines.preflight.watch import took_steps
 from pipelines.training.distributed import from_every_process
 from pipelines.training.engines import PhaseEngine
 from transforms.errors import BundleError
@@ -25,8 +26,8 @@ def phase_outcome(name: str, engine: PhaseEngine, validated: bool) -> dict[str, 
         BundleError: the phase took no step, or its weights were never worth keeping.
     """
     state, keeper = engine.trainer.state, engine.keeper
-    if state.iteration < 1:
-        raise BundleError(f"phase {name} took no step", "0 steps", "correct its max_epochs and the data")
+    for finding in took_steps(name, int(state.iteration)):
+        raise BundleError(f"{finding.rule}: {finding.what}", finding.measured, finding.fix)
     if validated and not keeper.best_epoch:
         raise BundleError(
             f"phase {name}: no validation was worth keeping",
@@ -55,9 +56,24 @@ def outcome_line(outcome: Mapping[str, Any], minutes: float) -> str:
 
 
 def run_outcome(phases: Sequence[Mapping[str, Any]], minutes: float) -> dict[str, Any]:
-    """Return the outcome of a run: that of its last phase, with the others beside it."""
-    outcome = {**phases[-1], "minutes": round(minutes, 3)}
-    return {**outcome, "phases": list(phases[:-1])} if len(phases) > 1 else outcome
+    """Return the outcome of a run: that of its last phase, with the others beside it; findings stand elsewhere."""
+    own = [{key: value for key, value in phase.items() if key != "findings"} for phase in phases]
+    outcome = {**own[-1], "minutes": round(minutes, 3)}
+    return {**outcome, "phases": own[:-1]} if len(own) > 1 else outcome
+
+
+def watch_record(
+    phases: Sequence[Mapping[str, Any]], acknowledged: Mapping[str, str], unwatched: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return what the watchdogs of a run have found, phase after phase, for its record.
+
+    Args:
+        phases: per phase what ``Watchdogs.record`` says, at ``findings``.
+        acknowledged: rule -> reason.
+        unwatched: rule -> why nothing watched it.
+    """
+    findings = [finding for phase in phases for finding in phase["findings"]]
+    return {"findings": findings, "acknowledged": dict(acknowledged), "not_watched": dict(unwatched)}
 
 
 def figures_of(outcome: Mapping[str, Any]) -> dict[str, float]:

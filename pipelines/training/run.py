@@ -7,6 +7,7 @@ steps and when the system asks the process to stop.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +40,7 @@ from pipelines.training.engines import EngineSettings, PhaseEngine, phase_engine
 from pipelines.training.faults import explained
 from pipelines.training.handlers import optimizer_steps_now
 from pipelines.training.loaders import patch_loader
-from pipelines.training.outcome import figures_of, outcome_line, phase_outcome, run_outcome
+from pipelines.training.outcome import figures_of, outcome_line, phase_outcome, run_outcome, watch_record
 from pipelines.training.phases import Phase, optimizer_for, parameter_groups
 from pipelines.training.resume import release
 from pipelines.training.run_folder import extend_record
@@ -47,7 +48,8 @@ from pipelines.training.schedule import polynomial_with_warmup
 from pipelines.training.signals import stop_signals
 from pipelines.training.state import RandomState, newest_state, read_state, restore_parts, tree_of, write_state
 from pipelines.training.tracking import MlflowLog
-from transforms.errors import BundleError, InterruptedRun
+from pipelines.training.watchdogs import Watchdogs, artefacts_at_the_end, watch_limits
+from transforms.errors import BundleError, FiducialError, InterruptedRun
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +84,8 @@ class TrainingRun:
         sizes, knobs: for the message when memory does not suffice: what was to fit, and what to turn.
         mlflow_uri: of ``tracking.store_uri``; empty = TensorBoard alone.
         handlers: further ignite handlers of the bundle.
+        acknowledge: findings of the watchdogs to accept, ``<rule>: <reason>`` each: they never end the run.
+        thresholds: limits of the watchdogs that differ from their defaults, ``<rule>.<limit>=<number>`` each.
     """
 
     def __init__(
@@ -115,6 +119,8 @@ class TrainingRun:
         mlflow_uri: str = "",
         pictures: Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]] | None = None,
         handlers: Sequence[Any] = (),
+        acknowledge: Sequence[str] = (),
+        thresholds: Sequence[str] = (),
     ) -> None:
         self.network, self.average = network, average
         self.loss, self.optimizer, self.dataset = loss, optimizer, dataset
@@ -137,6 +143,8 @@ class TrainingRun:
             labels=labels,
             pictures=pictures,
             handlers=handlers,
+            acknowledge=acknowledge,
+            thresholds=thresholds,
         )
         self.mlflow_uri = mlflow_uri
         self.mlflow: MlflowLog | None = None
@@ -144,6 +152,7 @@ class TrainingRun:
             lay_out_channels_last(network)
         self.random = RandomState()
         self.outcomes: list[dict[str, Any]] = []
+        self.watchdogs: Watchdogs | None = None
         self.minutes_before = 0.0
         self.started = time.monotonic()
 
@@ -152,7 +161,8 @@ class TrainingRun:
 
         Raises:
             InterruptedRun: the process was asked to stop; the state is saved.
-            BundleError: a phase that took no step, or whose weights were never worth keeping.
+            BundleError: a phase that took no step, or whose weights were never worth keeping; or the watchdogs say that
+                going on is pointless.
             DataError: the loss was not finite three times.
             ResourceError: memory did not suffice, a worker died, or nothing can be written.
         """
@@ -167,7 +177,9 @@ class TrainingRun:
             engine = self._run_phases()
             with explained({}, ""):  # a full disk
                 self._write_outcome(engine, hyper_parameters)
-        except BaseException:
+        except BaseException as problem:
+            if isinstance(problem, FiducialError):
+                self._record_findings_of_a_failure()
             if self.mlflow is not None:
                 self.mlflow.finish({}, status="FAILED")
             raise
@@ -195,13 +207,18 @@ class TrainingRun:
             if number > 0 and (tree is None or number > first):
                 self._start_from_the_phase_before(number)
             engine = self._build(phase, number)
+            self.watchdogs = engine.watchdogs
             if tree is not None and number == first:
                 self._restore(engine, tree)
             else:
                 engine.board.load_state_dict({"files": {}})  # what a run left that died before its first state
             self._train(engine, phase, number)
+            engine.watchdogs.raise_if_stopping()  # also where a run is resumed that was stopped in its last epoch
             outcome = phase_outcome(phase.name, engine, self.validator is not None)
-            self.outcomes.append(outcome)
+            self._watch_the_end(engine, outcome)
+            if number == len(self.phases) - 1:  # the start of the next phase refuses what this one has left by itself
+                engine.watchdogs.raise_if_stopping()
+            self.outcomes.append({**outcome, "findings": engine.watchdogs.record()})
             logger.info(outcome_line(outcome, self._minutes()))
         return engine
 
@@ -322,6 +339,7 @@ class TrainingRun:
 
             def after_epoch(_: Engine) -> None:
                 self._save(engine, number)
+                engine.watchdogs.raise_if_stopping()
                 if any_process(asked.name is not None, trainer.state.device) and not engine.finished:
                     interrupt()
 
@@ -359,9 +377,29 @@ class TrainingRun:
         figures = figures_of(outcome)
         engine.board.hyper_parameters(hyper_parameters, figures)
         engine.board.close()
-        extend_record(self.run_dir, {"outcome": outcome})
+        extend_record(self.run_dir, {"outcome": outcome, "watchdogs": self._watch_record(self.outcomes)})
         if self.mlflow is not None:
             self.mlflow.finish(figures)
+
+    def _watch_the_end(self, engine: PhaseEngine, outcome: Mapping[str, Any]) -> None:
+        limits = watch_limits(self.settings.thresholds)
+        missing = artefacts_at_the_end(self.run_dir, engine.keeper, engine.board, outcome["history"], limits)
+        engine.watchdogs.at_the_end(missing, int(outcome["epochs"]))
+        engine.board.close()
+
+    def _watch_record(self, phases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        assert self.watchdogs is not None
+        return watch_record(phases, self.watchdogs.acknowledged, self.watchdogs.unwatched)
+
+    def _record_findings_of_a_failure(self) -> None:
+        """Write what the watchdogs have found into the record of a run that ends without an outcome."""
+        has_record = (self.run_dir / "record.json").is_file()
+        if self.watchdogs is None or not is_main_process() or not has_record:
+            return
+        with contextlib.suppress(FiducialError, OSError):  # the failure itself is what the user has to read
+            now = {"phase": self.watchdogs.phase, "findings": self.watchdogs.after_failure()}
+            ended = [phase for phase in self.outcomes if phase["phase"] != now["phase"]]
+            extend_record(self.run_dir, {"watchdogs": self._watch_record([*ended, now])})
 
     def _minutes(self) -> float:
         return self.minutes_before + (time.monotonic() - self.started) / 60

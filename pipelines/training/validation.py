@@ -15,6 +15,7 @@ import torch
 from ignite.engine import Engine
 from ignite.metrics import Metric
 
+from pipelines.preflight.watch.histories import BACKGROUND, ClassVoxels
 from transforms.errors import DataError, UsageError
 
 
@@ -25,6 +26,10 @@ class ValidationDice(Metric):
     ``engine.state.metrics``, for each label name: ``dice_<name>`` (absent in an epoch in which the label has no value),
     ``n_empty_<name>``, ``n_missed_<name>`` and ``n_false_alarm_<name>``. Counting runs on the tensors' device, and the
     sums are added up over processes; there every case has to be given to one process only.
+
+    Attributes:
+        class_voxels: after a validation, per label and for the background how many voxels are predicted, true and both.
+        trivial: after a validation, the mean Dice of the best constant prediction; None where no label occurs.
 
     Args:
         labels: value to name; 0 is background and not scored.
@@ -44,12 +49,16 @@ class ValidationDice(Metric):
                 f"ValidationDice: labels {dict(labels)}", "expected at least one label other than 0", "name the labels"
             )
         self.output_keys = output_keys
+        self.class_voxels: dict[str, ClassVoxels] = {}
+        self.trivial: float | None = None
         super().__init__(skip_unrolling=True)
 
     def reset(self) -> None:
         """Forget all cases."""
         # Rows: sum of Dice, scored, empty, missed, false alarm. Columns: labels.
         self._totals = torch.zeros(5, len(self.names), dtype=torch.float64)
+        # Rows: predicted, true, both, Dice of the label everywhere, cases, voxels. Columns: background, labels.
+        self._voxels = torch.zeros(6, 1 + len(self.names), dtype=torch.float64)
 
     def update(self, output: Sequence[Mapping[str, Any]]) -> None:
         """Add one batch: a list of decollated cases."""
@@ -61,9 +70,10 @@ class ValidationDice(Metric):
                     f"{tuple(prediction.shape)} and {tuple(reference.shape)}",
                     "validate on the grid of the label",
                 )
-            values = torch.tensor(list(self.names), device=prediction.device)
+            values = torch.tensor([0, *self.names], device=prediction.device)
             counts = torch.stack([_counts(prediction == v, reference == v) for v in values]).cpu().double()
-            self._totals += _scores(*counts.unbind(dim=1))
+            self._totals += _scores(*counts[1:].unbind(dim=1))
+            self._voxels += _voxels(counts, reference.numel())
 
     def compute(self) -> float:
         """Return the mean foreground Dice over the cases since the last reset."""
@@ -91,11 +101,29 @@ class ValidationDice(Metric):
             engine.state.metrics[f"n_empty_{label}"] = int(empty)
             engine.state.metrics[f"n_missed_{label}"] = int(missed)
             engine.state.metrics[f"n_false_alarm_{label}"] = int(false_alarm)
+        self._count_voxels(totals)
         super().completed(engine, name)
 
     def _reduced(self) -> torch.Tensor:
         # all_reduce works in place, and this is asked for twice.
         return idist.all_reduce(self._totals.clone())
+
+    def _count_voxels(self, totals: torch.Tensor) -> None:
+        """Set what the attributes say of the validation, over all processes."""
+        voxels = idist.all_reduce(self._voxels.clone())
+        cases = max(1.0, float(voxels[4, 0]))
+        dice = [None, *(total / scored if scored else None for total, scored in totals[:2].T.tolist())]
+        self.class_voxels = {
+            name: ClassVoxels(int(predicted), int(truth), int(hit), int(valid), of_class, constant / cases)
+            for name, of_class, (predicted, truth, hit, constant, _, valid) in zip(
+                [BACKGROUND, *self.names.values()], dice, voxels.T.tolist(), strict=True
+            )
+        }
+        labels = [each for name, each in self.class_voxels.items() if name != BACKGROUND]
+        present = [each for each in labels if each.truth]
+        # a label that is everywhere is scored even where it is absent; the background everywhere has Dice 0
+        constants = [each.constant_dice / (len(present) + (not each.truth)) for each in labels]
+        self.trivial = max(constants) if present else None
 
     def _label_map(self, item: Mapping[str, Any], key: str) -> torch.Tensor:
         """Return the case's label map (*spatial)."""
@@ -136,6 +164,15 @@ def _scores(intersection: torch.Tensor, predicted: torch.Tensor, referenced: tor
             (referenced > 0) & (predicted == 0),
             (referenced == 0) & (predicted > 0),
         ]
+    )
+
+
+def _voxels(counts: torch.Tensor, voxels: int) -> torch.Tensor:
+    """Return (6, classes) for one case: predicted, true, both, Dice of the class everywhere, 1, voxels."""
+    intersection, predicted, referenced = counts.unbind(dim=1)
+    ones = torch.ones_like(predicted)
+    return torch.stack(
+        [predicted, referenced, intersection, 2 * referenced / (referenced + voxels), ones, voxels * ones]
     )
 
 
