@@ -2,6 +2,7 @@
 
 fiducial demo
 fiducial manifest import folder ROOT --image flair='{subject}/FLAIR.nii.gz' --label '{subject}/lesion.nii.gz' ...
+fiducial check brain_lesion_mri_segmentation --manifest cohort.json
 fiducial train brain_lesion_mri_segmentation --manifest cohort.json --max_epochs 50
 fiducial evaluate brain_lesion_mri_segmentation --manifest cohort.json
 fiducial predict brain_lesion_mri_segmentation -i scans/ -o masks/
@@ -9,6 +10,7 @@ fiducial report runs/brain_lesion_mri_segmentation/first runs/brain_lesion_mri_s
 fiducial train brain_lesion_mri_segmentation --manifest cohort.json --resume True
 fiducial train brain_lesion_mri_segmentation --manifest cohort.json --folds 5 --run_name cv
 fiducial predict brain_lesion_mri_segmentation -i scans/ -o masks/ --ensemble cv --uncertainty True
+fiducial watch incoming/ results/ --bundle brain_lesion_mri_segmentation
 """
 
 from __future__ import annotations
@@ -74,12 +76,15 @@ def _parser() -> argparse.ArgumentParser:
         ("predict", "inference", "segment new images"),
     ):
         _add_bundle_command(commands, name, config, text)
+    _add_check_command(commands)
     add_manifest_commands(commands)
     _add_report_command(commands)
     _add_landmarks_command(commands)
     _add_find_rate_command(commands)
     _add_replay_command(commands)
     _add_phantom_command(commands)
+    _add_watch_command(commands)
+    _add_listen_command(commands)
     demo = commands.add_parser("demo", help="generate the head cohort; train, evaluate and predict on it")
     demo.add_argument("--folder", default="demo", help="where cohort, runs and results go (default: demo)")
     demo.set_defaults(call=_demo)
@@ -121,6 +126,34 @@ def _run_bundle(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
     named = {key: getattr(options, key) for key in ("input", "output_dir") if hasattr(options, key)}
     run_bundle(options.bundle, options.config, {**overrides_of(rest), **named}, options.variant)
+
+
+def _add_check_command(commands: Any) -> None:
+    check = commands.add_parser(
+        "check",
+        help="run the preflight without training: findings as a table, a page and JSON",
+        description="exit code 0, or 3 (data) or 4 (configuration) of the first error that is not acknowledged; "
+        "further --key value pairs override the bundle's hyper-parameters",
+    )
+    check.add_argument("bundle", help="a bundle's folder, or the name of one in this repository")
+    check.add_argument(
+        "-o", "--output", help="folder for preflight.html and preflight.json (default: preflight/BUNDLE)"
+    )
+    check.add_argument("--config", default="train", help="another training of the bundle: configs/<CONFIG>.yaml")
+    check.add_argument("--variant", action="append", default=[], help="a file of the bundle to lay over")
+    check.add_argument("--smoke", action="store_true", help="also the rules that run real steps, under a minute")
+    check.add_argument(
+        "--memory", type=float, metavar="GB", help="that the suggestions may use (default: the GPU's, or 8)"
+    )
+    check.set_defaults(call=_check, takes_overrides=True)
+
+
+def _check(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from pipelines.preflight.check import Asked, check_bundle
+
+    overrides = overrides_of(rest)
+    asked = Asked(options.bundle, options.config, overrides, options.variant, options.smoke, options.memory)
+    check_bundle(asked, options.output)
 
 
 def _cross_validate(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
@@ -222,6 +255,66 @@ def _phantom(options: argparse.Namespace, rest: Sequence[str]) -> None:
         skull = not options.no_skull
         manifest = head_cohort(folder, count, spacing, seed, modalities, skull, lesions, spread)
     print(f"{options.subjects} subjects in {folder}, manifest {manifest.path}")
+
+
+def _add_watch_command(commands: Any) -> None:
+    watch = commands.add_parser(
+        "watch",
+        help="run a bundle on every DICOM study that is put into a folder",
+        description="results in OUT/<study>, studies to IN/done or IN/failed, log in OUT/watch.jsonl; "
+        "further --key value pairs override the bundle's hyper-parameters",
+    )
+    watch.add_argument("incoming", metavar="IN", help="studies are put here: folders, or zip files")
+    watch.add_argument("results", metavar="OUT", help="results appear here, complete")
+    watch.add_argument("--bundle", required=True, help="a bundle's folder, or the name of one in this repository")
+    watch.add_argument("--variant", action="append", default=[], help="a file of the bundle to lay over")
+    watch.add_argument("--send_to", default="", metavar="TITLE@HOST:PORT", help="an archive that gets the results")
+    watch.add_argument(
+        "--settle", type=float, default=10.0, metavar="S", help="seconds without change before it is taken"
+    )
+    watch.add_argument("--attempts", type=int, default=3, help="at a study, where disk or network fail")
+    watch.add_argument("--once", action="store_true", help="end when nothing is left to do")
+    watch.set_defaults(call=_watch, takes_overrides=True)
+
+
+def _watch(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from pipelines.dicom.detect import require_extra
+
+    require_extra()
+    from pipelines.dicom.service import watch_bundle
+    from pipelines.dicom.watch import Patience
+
+    patience = Patience(settle_s=options.settle, attempts=options.attempts)
+    finished = watch_bundle(
+        options.bundle,
+        options.incoming,
+        options.results,
+        overrides_of(rest),
+        options.variant,
+        options.send_to,
+        patience,
+        options.once,
+    )
+    print(f"{finished} studies finished")
+
+
+def _add_listen_command(commands: Any) -> None:
+    listen = commands.add_parser("listen", help="receive DICOM studies (C-STORE) into a folder, for `fiducial watch`")
+    listen.add_argument("incoming", metavar="IN", help="where studies appear, one folder each")
+    listen.add_argument("--ae_title", default="FIDUCIAL", help="ours; senders must call it")
+    listen.add_argument("--caller", action="append", default=[], help="AE title that may send; repeat for several")
+    listen.add_argument("--host", default="127.0.0.1", help="address to bind to (default: this machine only)")
+    listen.add_argument("--port", type=int, default=11112)
+    listen.set_defaults(call=_listen)
+
+
+def _listen(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from pipelines.dicom.detect import require_extra
+
+    require_extra()
+    from pipelines.dicom.service import listen
+
+    listen(options.incoming, options.ae_title, options.caller, options.host, options.port)
 
 
 def _demo(options: argparse.Namespace, rest: Sequence[str]) -> None:

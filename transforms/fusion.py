@@ -2,7 +2,7 @@
 
 A fused image has *display units*, about 0 to 1, in which both modalities have a fixed scale:
 
-    MRI   0 and 1 are two percentiles of the head
+    MRI   0 and 1 are two percentiles of the head, up to 1.5: a bright lesion keeps its inside
     CT    HU / 1500       the window in which no bone is saturated
 
 The reference is the MRI, but the CT where there is bone. A network sees the MRI, the CT through several windows, and
@@ -28,6 +28,9 @@ PairWindows = str | Mapping[str, tuple[float, float]] | Sequence[tuple[float, fl
 MRI, CT = 0, 1  # channels of the pair
 CONDITION_RANGE = (-2.0, 2.0)
 CT_DISPLAY_HU = 1500.0
+# A bright lesion is above the upper percentile as soon as it is larger than what the percentile leaves out. Above this
+# limit are vessels and artefacts, a few voxels that must not drown the rest.
+MRI_DISPLAY_LIMIT = 1.5
 # HU: below the first a voxel is soft tissue, above the second bone. Calcified soft tissue and marrow lie in between.
 BONE_RAMP_HU = (100.0, 300.0)
 REFERENCE_CHANNELS = LABEL_CHANNELS[:-1]  # AddDiffusionNoised adds the last one, the weight of the sample
@@ -45,9 +48,9 @@ def measure_mri(mri: np.ndarray, head: np.ndarray, lower: float, upper: float) -
 
 
 def mri_display(mri: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Return an MRI in display units, float32: 0 at ``low`` and less (air), 1 at ``high`` and more."""
+    """Return an MRI in display units, float32: 0 at ``low`` and less (air), 1 at ``high``, at most 1.5."""
     low, high = (np.float32(value) for value in scale)
-    return np.clip((mri.astype(np.float32) - low) / (high - low), 0, 1)
+    return np.clip((mri.astype(np.float32) - low) / (high - low), 0, MRI_DISPLAY_LIMIT)
 
 
 def ct_display(hounsfield: np.ndarray) -> np.ndarray:
@@ -169,7 +172,9 @@ class FusionReferenced(MapTransform):
 
 
 class FusionConditiond(MapTransform):
-    """Replace the pair by what a network sees: MRI, CT in each window, first guess; all -2 .. 2, float32.
+    """Replace the pair by what a network sees: MRI, CT in each window, first guess; -2 .. 2, float32.
+
+    What is brighter than the upper percentile of the MRI goes up to 4: see ``MRI_DISPLAY_LIMIT``.
 
     The first guess is ``fusion_target`` of the pair as it is, without a brain mask: had nothing spoilt the pair, it
     would be the target wherever the brain holds no calcification.

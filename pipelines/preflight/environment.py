@@ -29,6 +29,7 @@ PACKAGE = "fiducial"
 FOLDERS = ("runs_dir", "cache_dir")
 WEIGHTS = ("initial_weights", "lesion_head", "pretrained_weights", "checkpoint")
 _IMPORTED_AS = {
+    "pillow": "PIL",
     "pytorch-ignite": "ignite",
     "scikit-image": "skimage",
     "pyyaml": "yaml",

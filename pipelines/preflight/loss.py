@@ -24,12 +24,10 @@ from pipelines.preflight.finding import CannotRun, Finding
 from pipelines.preflight.inspection import Inspection
 from pipelines.preflight.network import (
     at_time,
-    crop_to,
     draw_batch,
     input_shape,
     need_one_process,
     own_draws,
-    smallest_size,
     trace,
     wake,
 )
@@ -352,7 +350,6 @@ def _edges_of_fusion(inspection: Inspection, loss: Any) -> list[Edge]:
         raise CannotRun("the inferer does not say which schedule the noise has")
     network = wake(inspection.need("network")).train()
     image, label = draw_batch(inspection, 1)
-    image, label = crop_to(image, label, smallest_size(network, tuple(image.shape)))
     return fusion_edges(network, loss, image, label, schedule, inspection.precision)
 
 

@@ -175,19 +175,19 @@ def test_another_library_or_source_is_another_digest(monkeypatch: pytest.MonkeyP
 
 def test_the_source_digest_covers_what_a_transform_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # a helper beside the transform decides what it does: a change there must count
-    package = tmp_path / "planted"
+    package = tmp_path / "planted_package"
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "helper.py").write_text("FACTOR = 1\n")
-    (package / "thing.py").write_text("from planted.helper import FACTOR\n")
+    (package / "thing.py").write_text("from planted_package.helper import FACTOR\n")
     monkeypatch.syspath_prepend(tmp_path)
-    import planted.thing  # type: ignore[import-not-found]
+    import planted_package.thing  # type: ignore[import-not-found]
 
     module._source_digest.cache_clear()
-    before = module._source_digest(planted.thing)
+    before = module._source_digest(planted_package.thing)
     (package / "helper.py").write_text("FACTOR = 2\n")
     module._source_digest.cache_clear()
-    assert module._source_digest(planted.thing) != before
+    assert module._source_digest(planted_package.thing) != before
 
 
 @pytest.mark.parametrize(

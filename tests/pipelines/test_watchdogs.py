@@ -28,6 +28,8 @@ from pipelines.cli import main
 from pipelines.losses import supervised_loss
 from pipelines.manifests import Manifest
 from pipelines.preflight import Finding
+from pipelines.preflight.battery import with_thresholds
+from pipelines.preflight.rules import RULES, WATCHED
 from pipelines.preflight.watch import LIMITS
 from pipelines.training import TrainingRun, ValidationDice
 from pipelines.training.faults import NonFiniteSteps
@@ -171,8 +173,11 @@ def test_three_steps_that_are_not_finite_are_a_finding_of_the_record(tmp_path: P
 def test_a_threshold_of_the_user_counts(tmp_path: Path) -> None:
     make(tmp_path / "r", {"max_epochs": 1}, thresholds=["R36.gap=-9", "R36.validations=1", "R01.ratio=3"]).run()
     assert "R36" in [rule for rule, _, _ in found_in(tmp_path / "r")]
+    with pytest.raises(UsageError, match=r"R36\.gap.*no number"):
+        watch_limits(["R36.gap=wide"])
+    # a limit that nobody has is refused before training, where the limits of all rules are known
     with pytest.raises(UsageError, match=r"R36\.gapp"):
-        watch_limits(["R36.gapp=1"])
+        with_thresholds(RULES, ["R36.gapp=1"], further=WATCHED)
 
 
 @pytest.mark.parametrize(("record", "number"), [('{"command": ["train"]}', 1), ('{"outcome": {}}', 0)])

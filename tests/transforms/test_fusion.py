@@ -20,6 +20,7 @@ from transforms.errors import BundleError, DataError
 from transforms.fusion import (
     CT,
     MRI,
+    MRI_DISPLAY_LIMIT,
     REFERENCE_CHANNELS,
     bone_share,
     ct_display,
@@ -68,7 +69,7 @@ def test_the_scale_of_an_mri_is_that_of_the_head() -> None:
 
 
 def test_display_units_by_hand() -> None:
-    assert_allclose(mri_display(line(-5, 0, 4, 6, 8, 100), SCALE), [0, 0, 0.5, 0.75, 1, 1])
+    assert_allclose(mri_display(line(-5, 0, 4, 6, 8, 100), SCALE), [0, 0, 0.5, 0.75, 1, 1.5])
     assert_allclose(ct_display(line(-1000, 0, 750, 1500, 3000)), [0, 0, 0.5, 1, 1])
     assert_allclose(bone_share(line(-1000, 100, 150, 200, 300, 2000)), [0, 0, 0.25, 0.5, 1, 1])
     assert {f(line(1)).dtype for f in (ct_display, bone_share)} == {np.dtype(np.float32)}
@@ -273,7 +274,9 @@ def test_all_channels_of_the_condition_have_comparable_scale(head: HeadSubject, 
     inside = np.asarray(case["foreground"])[0] > 0
     condition = np.asarray(FusionConditiond("image", WINDOWS)(case)["image"])
     assert spread_ratio(condition, inside) < 2
-    assert np.abs(condition).max() == 2
+    assert np.abs(condition[1:-1]).max() == 2  # the windows of the CT
+    assert condition.min() == -2
+    assert condition.max() <= 4 * MRI_DISPLAY_LIMIT - 2
     # planted: the CT in HU beside the MRI
     raw = np.stack([condition[0], head.images["ct"]])
     assert spread_ratio(raw, inside) > 100

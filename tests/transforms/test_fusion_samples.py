@@ -15,7 +15,7 @@ from transforms import FUSION_RULES, FusionReferenced, RandFuseByRuled
 from transforms.errors import BundleError
 from transforms.fusion import REFERENCE_CHANNELS, ct_display, mri_display
 
-SCALE = np.array([0, 400, 150, 80], np.float32)
+SCALE = np.array([0, 400], np.float32)
 SHAPE = (10, 9, 7)
 
 
