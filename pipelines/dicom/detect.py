@@ -1,0 +1,32 @@
+"""Is this DICOM? Asked of every input of ``predict``, also where the extra is not installed, so nothing is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import zipfile
+from pathlib import Path
+
+from transforms.errors import UsageError
+
+_NEEDED = ("pydicom", "highdicom", "pynetdicom")
+
+
+def is_dicom(path: str | Path) -> bool:
+    """Return whether a path is a DICOM file (PS3.10), a folder with one at any depth, or a zip file."""
+    path = Path(path)
+    if path.is_dir():
+        return any(begins_as_dicom(file) for file in sorted(path.rglob("*")) if file.is_file())
+    return path.is_file() and (begins_as_dicom(path) or (path.suffix.lower() == ".zip" and zipfile.is_zipfile(path)))
+
+
+def begins_as_dicom(path: Path) -> bool:
+    """Return whether a file has the four letters behind 128 bytes that every DICOM file has."""
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def require_extra() -> None:
+    """Raise a ``UsageError`` where the packages for DICOM are not installed."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError("DICOM: not installed", f"missing {', '.join(missing)}", "pip install 'fiducial[dicom]'")
