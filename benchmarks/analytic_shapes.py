@@ -62,7 +62,7 @@ class Box(Shape):
         return (np.abs(self.local(points)) <= self.half).all(-1)
 
     def surface(self, n: int = 200_000) -> tuple[np.ndarray, np.ndarray]:
-        """Return points on the surface and the area that each stands for."""
+        """Return points on the surface and the area that each stands for; the corners too, for a Hausdorff distance."""
         m = int(np.sqrt(n / 6))
         side = (np.arange(m) + 0.5) / m * 2 - 1
         u, v = (a.ravel() for a in np.meshgrid(side, side))
@@ -74,6 +74,9 @@ class Box(Shape):
                 face[:, axis], face[:, first], face[:, second] = sign, u, v
                 points.append(face * self.half)
                 areas.append(np.full(m * m, 4 * self.half[first] * self.half[second] / m**2))
+        corners = np.stack(np.meshgrid(*[(-1.0, 1.0)] * 3), axis=-1).reshape(-1, 3)
+        points.append(corners * self.half)
+        areas.append(np.zeros(len(corners)))
         return np.concatenate(points) @ self.rotation.T + self.centre, np.concatenate(areas)
 
     def distance(self, points: np.ndarray) -> np.ndarray:

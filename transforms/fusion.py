@@ -31,6 +31,7 @@ CT_DISPLAY_HU = 1500.0
 # A bright lesion is above the upper percentile as soon as it is larger than what the percentile leaves out. Above this
 # limit are vessels and artefacts, a few voxels that must not drown the rest.
 MRI_DISPLAY_LIMIT = 1.5
+BRIGHT_RANGE = (-2.0, 4 * MRI_DISPLAY_LIMIT - 2)  # of the condition's channels that show the MRI
 # HU: below the first a voxel is soft tissue, above the second bone. Calcified soft tissue and marrow lie in between.
 BONE_RAMP_HU = (100.0, 300.0)
 REFERENCE_CHANNELS = LABEL_CHANNELS[:-1]  # AddDiffusionNoised adds the last one, the weight of the sample

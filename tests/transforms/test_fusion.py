@@ -18,9 +18,9 @@ from transforms import DegradePaird, FusionConditiond, FusionReferenced, HeadMas
 from transforms.diffusion import LABEL_CHANNELS
 from transforms.errors import BundleError, DataError
 from transforms.fusion import (
+    BRIGHT_RANGE,
     CT,
     MRI,
-    MRI_DISPLAY_LIMIT,
     REFERENCE_CHANNELS,
     bone_share,
     ct_display,
@@ -276,7 +276,7 @@ def test_all_channels_of_the_condition_have_comparable_scale(head: HeadSubject, 
     assert spread_ratio(condition, inside) < 2
     assert np.abs(condition[1:-1]).max() == 2  # the windows of the CT
     assert condition.min() == -2
-    assert condition.max() <= 4 * MRI_DISPLAY_LIMIT - 2
+    assert condition.max() <= BRIGHT_RANGE[1]
     # planted: the CT in HU beside the MRI
     raw = np.stack([condition[0], head.images["ct"]])
     assert spread_ratio(raw, inside) > 100
