@@ -113,8 +113,10 @@ def _add_bundle_command(commands: Any, name: str, config: str, text: str) -> Non
     if name in ("train", "evaluate"):
         command.add_argument("--folds", type=int, help=f"cross-validation: {_FOLDS[name]}")
     if name == "predict":
-        command.add_argument("-i", "--input", required=True, help="NIfTI file, case folder, or folder of cases")
-        command.add_argument("-o", "--output_dir", required=True, help="where the masks and volumes go")
+        command.add_argument(
+            "-i", "--input", required=True, help="NIfTI: file, case folder, folder of cases; DICOM: folder, zip, file"
+        )
+        command.add_argument("-o", "--output_dir", required=True, help="where the results go; of DICOM they are DICOM")
     command.set_defaults(call=_run_bundle, config=config, takes_overrides=True)
 
 
@@ -122,10 +124,27 @@ def _run_bundle(options: argparse.Namespace, rest: Sequence[str]) -> None:
     if getattr(options, "folds", None) is not None:
         _cross_validate(options, overrides_of(rest))
         return
+    if options.command == "predict" and _predicts_dicom(options, rest):
+        return
     from pipelines.runner import run_bundle
 
     named = {key: getattr(options, key) for key in ("input", "output_dir") if hasattr(options, key)}
     run_bundle(options.bundle, options.config, {**overrides_of(rest), **named}, options.variant)
+
+
+def _predicts_dicom(options: argparse.Namespace, rest: Sequence[str]) -> bool:
+    """Predict on DICOM if the input is that; return whether it was."""
+    from pipelines.dicom.detect import is_dicom, require_extra
+
+    if not is_dicom(options.input):
+        return False
+    require_extra()
+    from pipelines.dicom.predict import check_request, predict_dicom
+
+    request = check_request(options.bundle, overrides_of(rest), options.variant)
+    for path in predict_dicom(request, options.input, options.output_dir, print):
+        print(path)
+    return True
 
 
 def _add_check_command(commands: Any) -> None:

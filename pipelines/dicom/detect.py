@@ -6,16 +6,26 @@ import importlib.util
 import zipfile
 from pathlib import Path
 
+from pipelines.manifests.discover import IMAGE_ENDINGS
 from transforms.errors import UsageError
 
 _NEEDED = ("pydicom", "highdicom", "pynetdicom")
 
 
 def is_dicom(path: str | Path) -> bool:
-    """Return whether a path is a DICOM file (PS3.10), a folder with one at any depth, or a zip file."""
+    """Return whether a path is a DICOM file (PS3.10), a folder with one at any depth, or a zip file.
+
+    Raises:
+        UsageError: a folder with NIfTI images beside DICOM: one of them would be left out in silence.
+    """
     path = Path(path)
     if path.is_dir():
-        return any(begins_as_dicom(file) for file in sorted(path.rglob("*")) if file.is_file())
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        found = any(begins_as_dicom(file) for file in files)
+        nifti = sum(file.name.lower().endswith(IMAGE_ENDINGS) for file in files)
+        if found and nifti:
+            raise UsageError(f"input {path}", f"DICOM, and {nifti} NIfTI files", "give a folder with one of them")
+        return found
     return path.is_file() and (begins_as_dicom(path) or (path.suffix.lower() == ".zip" and zipfile.is_zipfile(path)))
 
 

@@ -28,6 +28,8 @@ DEFECTS = {
     "mixed orientation": "give one orientation per series; localisers are not volumes",
     "mixed spacing": "give one pixel spacing and one matrix per series",
     "mixed frame of reference": "give slices that were acquired in one position of the patient",
+    "mixed series": "give one series per Series Instance UID: one study, one modality, one kind of object",
+    "different patients": "give images of one patient; if they are, correct the headers in the archive",
     "geometry missing": "give images with position, orientation and pixel spacing in patient coordinates",
     "impossible geometry": "send the series again from the archive; its header is damaged",
     "single slice": "give the complete series",

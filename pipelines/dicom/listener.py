@@ -35,13 +35,14 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 
 from pipelines.dicom.privacy import quiet_reading
 from pipelines.dicom.series import digest_key
-from pipelines.files import write_atomically
+from pipelines.files import sweep_temporaries, write_atomically
 from transforms.errors import DataError, FiducialError, ResourceError, UsageError
 
 _LOG = logging.getLogger(__name__)
 RECEIVED = (CTImageStorage, MRImageStorage, PositronEmissionTomographyImageStorage)
 SENT = (SegmentationStorage, ParametricMapStorage, Comprehensive3DSRStorage)
 SYNTAXES = [ExplicitVRLittleEndian, ImplicitVRLittleEndian]
+PDU_BYTES = 2**20  # we ask for 16 kB; a request with all contexts and syntaxes has some 100 kB
 SUCCESS, OUT_OF_RESOURCES, CANNOT_UNDERSTAND, NOT_AUTHORISED = 0x0000, 0xA700, 0xC000, 0x0124
 
 
@@ -106,6 +107,7 @@ class StoreListener:
         self._address, self._tls = (host, port), tls
         self._bytes: dict[Any, list[int]] = {}
         self._last: dict[str, float] = {}
+        self._images: dict[str, set[str]] = {}
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._server: Any = None
         self._hand_over = threading.Thread(target=self._watch_quiet, daemon=True)
@@ -122,11 +124,13 @@ class StoreListener:
         Raises:
             ResourceError: the port cannot be bound.
         """
+        sweep_temporaries(self.receiving)  # an image that was half written was never confirmed to its sender
         for folder in self.receiving.iterdir():  # of a listener that ended before it handed over
             self._last[folder.name] = time.monotonic()
         handlers: list[Any] = [
             (evt.EVT_CONN_OPEN, self._opened),
             (evt.EVT_CONN_CLOSE, self._closed),
+            (evt.EVT_REJECTED, self._rejected),
             (evt.EVT_DATA_RECV, self._data),
             (evt.EVT_C_STORE, self._store),
         ]
@@ -168,6 +172,7 @@ class StoreListener:
                 if time.monotonic() - last < self.limits.quiet_s:
                     continue
                 del self._last[study]
+                self._images.pop(study, None)
                 number, target = 1, self.incoming / f"study-{study}"
                 while target.exists():
                     number, target = number + 1, self.incoming / f"study-{study}-{number}"
@@ -185,6 +190,21 @@ class StoreListener:
 
     def _opened(self, event: evt.Event) -> None:
         self._bytes[event.assoc] = [0, 0]
+        socket: Any = event.assoc.dul.socket
+        receive = socket.recv
+
+        def limited(count: int) -> bytearray:
+            """A message unit announces its length, up to 4 GB, before anybody knows who sends it."""
+            if count <= PDU_BYTES:
+                return bytearray(receive(count))
+            _LOG.error("listen: association ended, a message unit of %d bytes", count)
+            return bytearray()  # shorter than announced: the library closes the connection
+
+        socket.recv = limited
+
+    def _rejected(self, event: evt.Event) -> None:
+        calling, called = (str(title)[:16] for title in _titles(event))
+        _LOG.warning("listen: association rejected, %r called %r", calling, called)
 
     def _closed(self, event: evt.Event) -> None:
         self._bytes.pop(event.assoc, None)
@@ -233,11 +253,21 @@ class StoreListener:
             folder = self.receiving / study
             folder.mkdir(exist_ok=True)
             self._last[study] = time.monotonic()
-            if not (folder / name).exists() and len(list(folder.iterdir())) >= self.limits.study_objects:
+            if study not in self._images:
+                self._images[study] = {path.name for path in folder.iterdir()}
+            images = self._images[study]
+            if len(images | {name}) > self.limits.study_objects:
                 return OUT_OF_RESOURCES
             write_atomically(folder / name, event.encoded_dataset())
+            images.add(name)
             self._last[study] = time.monotonic()
         return SUCCESS
+
+
+def _titles(event: evt.Event) -> tuple[Any, Any]:
+    """Return the titles of who calls and of who is called, as the request says."""
+    request: Any = event.assoc.requestor.primitive
+    return getattr(request, "calling_ae_title", ""), getattr(request, "called_ae_title", "")
 
 
 def send(

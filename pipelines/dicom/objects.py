@@ -15,6 +15,7 @@ from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 
 from pipelines.dicom.privacy import identify, quiet_reading, refuse_identity
+from pipelines.dicom.series import Series
 from pipelines.dicom.uids import PENDING, UNDATED, content_uid, settle
 
 MAKER = "Fiducial"
@@ -73,20 +74,23 @@ def equipment(origin: Origin) -> dict[str, Any]:
     }
 
 
-def finished(result: Dataset, origin: Origin, header: Dataset, description: str) -> Dataset:
+def finished(result: Dataset, origin: Origin, series: Series, description: str) -> Dataset:
     """Return ``result`` with its final UIDs, moment and identity.
 
     Args:
         result: an object of highdicom made from cleaned headers; changed in place.
         origin: where it comes from.
-        header: of the source series, not cleaned.
+        series: that it was made from.
         description: of the new series.
 
     Raises:
         DataError: it names somebody although the identity is not kept.
     """
+    header = series.header
     result.SeriesDescription = description[:64]
-    settle(result, _moment(origin, header), *origin.seed, str(header.SeriesInstanceUID))
+    kept = {str(header.StudyInstanceUID), str(header.SeriesInstanceUID), series.frame_of_reference}
+    kept |= {str(image.header.SOPInstanceUID) for image in series.images}
+    settle(result, _moment(origin, header), kept, *origin.seed, str(header.SeriesInstanceUID))
     if origin.keep_identity:
         identify(result, header)
     else:

@@ -80,7 +80,7 @@ def parametric_map(values: NDArray[np.floating], volume: Volume, name: str, orig
         ],
         **equipment(origin),
     )
-    return finished(result, origin, volume.series.header, f"{origin.bundle} {name}")
+    return finished(result, origin, volume.series, f"{origin.bundle} {name}")
 
 
 def values_of_map(result: Dataset, volume: Volume) -> NDArray[np.float32]:

@@ -72,7 +72,7 @@ def measurement_report(
         is_verified=False,
         **equipment(origin),
     )
-    return finished(result, origin, volume.series.header, f"{origin.bundle} measurements")
+    return finished(result, origin, volume.series, f"{origin.bundle} measurements")
 
 
 def volumes_of_report(result: Dataset) -> dict[str, float]:

@@ -176,7 +176,7 @@ def dicom_segmentation(
         omit_empty_frames=bool(masks.any()),
         **equipment(origin),
     )
-    return finished(result, origin, volume.series.header, f"{origin.bundle} segmentation")
+    return finished(result, origin, volume.series, f"{origin.bundle} segmentation")
 
 
 def tracking_uid(label: Label, volume: Volume, origin: Origin) -> str:

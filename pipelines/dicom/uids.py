@@ -10,8 +10,10 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+from collections.abc import Collection
 from typing import Any
 
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
 from pydicom.valuerep import DA, TM
@@ -36,7 +38,7 @@ def content_uid(*parts: str | bytes) -> str:
     return f"2.25.{bits}"
 
 
-def settle(result: Dataset, moment: datetime.datetime, *seed: str) -> None:
+def settle(result: Dataset, moment: datetime.datetime, kept: Collection[str], *seed: str) -> None:
     """Put ``moment`` and content UIDs into ``result`` wherever the library put the clock and random UIDs; in place.
 
     The UIDs are numbered in the order in which they occur, and the digest is that of the object with the numbers in
@@ -45,13 +47,17 @@ def settle(result: Dataset, moment: datetime.datetime, *seed: str) -> None:
     Args:
         result: an object of highdicom, complete.
         moment: what to write for every date and time of making.
+        kept: UIDs of the sources, which may have been made by the same library.
         seed: further texts that the UIDs depend on.
     """
     _set_moment(result, moment)
     numbers: dict[str, int] = {}
-    _replace(result, lambda uid: f"{LIBRARY_ROOT}{numbers.setdefault(uid, len(numbers) + 1)}")
+    drawn = _drawn(result, kept)
+    for element in drawn:
+        element.value = UID(f"{LIBRARY_ROOT}{numbers.setdefault(str(element.value), len(numbers) + 1)}")
     digest = dataset_digest(result)
-    _replace(result, lambda uid: content_uid(*seed, digest, uid))
+    for element in drawn:
+        element.value = UID(content_uid(*seed, digest, str(element.value)))
     result.file_meta.MediaStorageSOPInstanceUID = result.SOPInstanceUID
 
 
@@ -73,13 +79,15 @@ def _plain(dataset: Dataset) -> list[Any]:
     return rows
 
 
-def _replace(dataset: Dataset, new: Any) -> None:
+def _drawn(dataset: Dataset, kept: Collection[str]) -> list[DataElement]:
+    """Return the elements, at any depth and in their order, whose UID the library drew."""
+    found: list[DataElement] = []
     for element in dataset:
         if element.VR == "SQ":
-            for item in element.value or []:
-                _replace(item, new)
-        elif element.VR == "UI" and str(element.value).startswith(LIBRARY_ROOT):
-            element.value = UID(new(str(element.value)))
+            found += [below for item in element.value or [] for below in _drawn(item, kept)]
+        elif element.VR == "UI" and str(element.value).startswith(LIBRARY_ROOT) and str(element.value) not in kept:
+            found.append(element)
+    return found
 
 
 def _set_moment(dataset: Dataset, moment: datetime.datetime) -> None:

@@ -17,30 +17,19 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
-from scipy import ndimage
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
-from pipelines.dicom.geometry import (
-    DEFECTS,
-    Grid,
-    Plane,
-    axes,
-    check_planes,
-    grid_of,
-    lps_affine,
-    refuse,
-    stacked,
-)
+from pipelines.dicom.geometry import DEFECTS, Grid, check_planes, grid_of, refuse, stacked
+from pipelines.dicom.headers import planes_of, refuse_compressed
 from pipelines.dicom.privacy import quiet_reading
-from pipelines.dicom.series import Image, Series, planes_of, refuse_compressed
+from pipelines.dicom.resample import nearest_in_slice, on_regular_grid
+from pipelines.dicom.series import Image, Series
 from transforms.errors import DataError
 from transforms.ingest_budget import Budget, check_declared
 
 UNCOMPRESSED = (ImplicitVRLittleEndian, ExplicitVRLittleEndian)
 DECODED = (*UNCOMPRESSED, RLELossless)  # other codecs: refused by name, their decoders trust the compressed header
-CT_IMAGES = {"1.2.840.10008.5.1.4.1.1.2"}
 RESAMPLABLE = ("tilted gantry", "uneven gaps", "missing slice")
-_FINEST_STEP = 0.25  # of the usual gap: a resampled stack has at most four times as many slices
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +80,7 @@ class Volume:
         if self.slices is None:
             return np.ascontiguousarray(labels.transpose(2, 1, 0))
         rows, columns = int(self.series.header.Rows), int(self.series.header.Columns)
-        return np.stack([_nearest(labels, start, columns, rows).T for start in self.slices])
+        return np.stack([nearest_in_slice(labels, start, columns, rows).T for start in self.slices])
 
 
 def read_volume(series: Series, allow_resampling: bool = False) -> Volume:
@@ -119,7 +108,7 @@ def read_volume(series: Series, allow_resampling: bool = False) -> Volume:
     stack, padding = _physical([series.images[index] for index in order], series.what)
     if grid is not None:
         return Volume(np.ascontiguousarray(stack.transpose(2, 1, 0)), grid.affine, series, order, padding)
-    voxels, affine, slices = _on_regular_grid(stack, [planes[index] for index in order])
+    voxels, affine, slices = on_regular_grid(stack, [planes[index] for index in order])
     return Volume(voxels, affine, series, order, padding, reason, slices)
 
 
@@ -168,7 +157,7 @@ def rescale_of(header: Dataset, what: str) -> tuple[float, float]:
     if "ModalityLUTSequence" in header:
         refuse("rescale", what, "values are given by a lookup table")
     given = [keyword for keyword in ("RescaleSlope", "RescaleIntercept") if header.get(keyword) not in (None, "")]
-    is_ct = str(header.get("SOPClassUID", "")) in CT_IMAGES
+    is_ct = header.get("SOPClassUID") == CTImageStorage
     if len(given) == 1 or (is_ct and not given):
         refuse("rescale", what, f"{given[0]} without its partner" if given else "a CT without slope and intercept")
     if not given:
@@ -216,7 +205,7 @@ def _physical(images: Sequence[Image], series: str) -> tuple[NDArray[np.float32]
         refuse("padding value", series, f"several in one series: {listed}")
     signs = {(int(i.header.get("PixelRepresentation", 0)), str(i.header.get("Units", ""))) for i in images}
     if len(signs) > 1:
-        refuse("rescale", series, "signed and unsigned pixels, or several units, in one series")
+        refuse("mixed series", series, "signed and unsigned pixels, or several units")
     padding = paddings.pop()
     shape = (len(images), int(images[0].header.Rows), int(images[0].header.Columns))
     stack, blank = np.empty(shape, np.float32), np.zeros(shape, bool)
@@ -246,65 +235,3 @@ def _read(image: Image, what: str) -> Dataset:
     if not same:
         raise DataError(f"{what}: broken file", "it changed while it was read", "wait until the transfer is complete")
     return dataset
-
-
-def _on_regular_grid(
-    stack: NDArray[np.float32], planes: Sequence[Plane]
-) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]:
-    """Interpolate ordered parallel slices on a grid along their normal; pixels keep their size and direction.
-
-    The slice distance is the most frequent gap, the smaller where two are equally frequent. Between two slices, both
-    are shifted in their plane to where they truly lie (linear interpolation) and mixed by their distances.
-
-    Returns:
-        Voxels (columns, rows, slices), the affine (RAS), and the indices of the source slices' first pixels in it.
-    """
-    across, down, normal = axes(planes)
-    row_distance, column_distance = planes[0].spacing
-    positions = np.array([plane.position for plane in planes])
-    offsets = (positions - positions[0]) @ np.column_stack([across / column_distance, down / row_distance, normal])
-    low = np.floor(offsets[:, :2].min(axis=0) + 1e-6)
-    high = np.ceil(offsets[:, :2].max(axis=0) - 1e-6)
-    columns, rows = planes[0].columns + int(high[0] - low[0]), planes[0].rows + int(high[1] - low[1])
-    gaps = np.diff(offsets[:, 2])
-    distances, counts = np.unique(gaps.round(3), return_counts=True)
-    usual = float(distances[counts.argmax()])
-    span = float(offsets[-1, 2])
-    usual = max(usual, _FINEST_STEP * span / len(planes))
-    depth = math.floor(span / usual + 1e-6) + 1
-    check_declared((columns, rows, depth), 4, "the resampled volume", Budget.of_environment())
-    fill = float(stack.min())
-    shifted: dict[int, NDArray[np.float32]] = {}
-
-    def placed(index: int) -> NDArray[np.float32]:
-        if index not in shifted:
-            shifted.clear() if len(shifted) > 2 else None
-            frame = np.full((rows, columns), fill, np.float32)
-            frame[: stack.shape[1], : stack.shape[2]] = stack[index]
-            shift = (offsets[index, 1] - low[1], offsets[index, 0] - low[0])
-            shifted[index] = ndimage.shift(frame, shift, order=1, mode="constant", cval=fill)
-        return shifted[index]
-
-    voxels = np.empty((columns, rows, depth), np.float32)
-    for number in range(depth):
-        along = number * usual
-        upper = int(np.clip(np.searchsorted(offsets[:, 2], along), 1, len(planes) - 1))
-        weight = float(np.clip((along - offsets[upper - 1, 2]) / gaps[upper - 1], 0, 1))
-        voxels[:, :, number] = ((1 - weight) * placed(upper - 1) + weight * placed(upper)).T
-    origin = positions[0] + low[0] * column_distance * across + low[1] * row_distance * down
-    affine = lps_affine(across * column_distance, down * row_distance, normal * usual, origin)
-    starts = np.column_stack([offsets[:, 0] - low[0], offsets[:, 1] - low[1], offsets[:, 2] / usual])
-    return voxels, affine, starts
-
-
-def _nearest(labels: NDArray[Any], start: NDArray[np.float64], columns: int, rows: int) -> NDArray[Any]:
-    """Return (columns, rows) of a volume at a slice that begins at the index ``start``, nearest neighbour."""
-    x = np.rint(start[0] + np.arange(columns)).astype(int)
-    y = np.rint(start[1] + np.arange(rows)).astype(int)
-    z = min(int(np.rint(start[2])), labels.shape[2] - 1)
-    inside = np.ix_((x >= 0) & (x < labels.shape[0]), (y >= 0) & (y < labels.shape[1]))
-    result = np.zeros((columns, rows), labels.dtype)
-    result[inside] = labels[np.ix_(x[(x >= 0) & (x < labels.shape[0])], y[(y >= 0) & (y < labels.shape[1])], [z])][
-        ..., 0
-    ]
-    return result

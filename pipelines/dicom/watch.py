@@ -17,7 +17,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,13 +59,19 @@ class FolderWatcher:
         results: where results appear; ``watch.jsonl`` in it is the log.
         process: called with the study and an empty folder for its results.
         patience: how long to wait.
+        maker: what results depend on beside the study, kept in ``results/maker.json``; None is not compared.
 
     Raises:
-        UsageError: the two folders are the same, or one lies in the other.
+        UsageError: the two folders are the same, or one lies in the other; the results are of another maker.
     """
 
     def __init__(
-        self, incoming: str | Path, results: str | Path, process: Process, patience: Patience | None = None
+        self,
+        incoming: str | Path,
+        results: str | Path,
+        process: Process,
+        patience: Patience | None = None,
+        maker: Mapping[str, Any] | None = None,
     ) -> None:
         self.incoming, self.results = Path(incoming).resolve(), Path(results).resolve()
         if self.incoming.is_relative_to(self.results) or self.results.is_relative_to(self.incoming):
@@ -77,6 +83,8 @@ class FolderWatcher:
         self._seen: dict[str, tuple[str, float]] = {}
         for folder in (self.working, self.done, self.failed, self.results):
             folder.mkdir(parents=True, exist_ok=True)
+        if maker is not None:
+            self._refuse_other_maker(maker)
 
     def run(self, once: bool = False, stop: threading.Event | None = None) -> int:
         """Watch until ``stop`` is set; return how many studies were finished (done or failed).
@@ -112,6 +120,21 @@ class FolderWatcher:
         finally:
             lock.release()
         return finished
+
+    def _refuse_other_maker(self, maker: Mapping[str, Any]) -> None:
+        """A study whose result is there is not processed again: so all results must have been made the same way."""
+        path = self.results / "maker.json"
+        if not path.is_file():
+            write_json(path, maker)
+            return
+        before = json.loads(path.read_text())
+        for key in sorted({*before, *maker}):
+            if before.get(key) != maker.get(key):
+                raise UsageError(
+                    f"watch: the results in this folder were made with another {key}",
+                    f"{before.get(key)} before, now {maker.get(key)}",
+                    "use another folder for results",
+                )
 
     def _sweep(self) -> None:
         """Remove what a killed watcher left half-made among the results."""
@@ -230,7 +253,7 @@ class FolderWatcher:
 
 def snapshot(entry: Path) -> str:
     """Return a digest of the names, sizes and times of the files of an entry; empty where it has no file."""
-    files = [entry] if entry.is_file() else sorted(path for path in entry.rglob("*") if path.is_file())
+    files = sorted(_files(entry))
     digest = hashlib.sha256()
     for path in files:
         status = path.stat()
@@ -240,11 +263,16 @@ def snapshot(entry: Path) -> str:
 
 def content_key(entry: Path) -> str:
     """Return what a study is called: a digest of its files' contents, whatever they are called, in 16 hex digits."""
-    files = [entry] if entry.is_file() else [path for path in entry.rglob("*") if path.is_file()]
-    digests = sorted(file_digest(path) for path in files)
+    digests = sorted(file_digest(path) for path in _files(entry))
     # the ending tells a zip file from a folder when it is read
     ending = ".zip" if entry.is_file() and entry.suffix.lower() == ".zip" else ""
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:16] + ending
+
+
+def _files(entry: Path) -> list[Path]:
+    """Return the files of an entry; links are not followed."""
+    found = [entry] if entry.is_file() else entry.rglob("*")
+    return [path for path in found if path.is_file() and not path.is_symlink()]
 
 
 def _free(path: Path) -> Path:

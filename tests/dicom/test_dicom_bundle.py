@@ -16,8 +16,8 @@ from pydicom.dataset import Dataset
 from pynetdicom import AE, evt
 
 from pipelines.cli import main
-from pipelines.dicom.cases import predict_dicom
 from pipelines.dicom.listener import SENT
+from pipelines.dicom.predict import check_request, predict_dicom
 from pipelines.dicom.privacy import names_found
 from pipelines.dicom.report import volumes_of_report
 from pipelines.dicom.segmentation import labels_of_segmentation
@@ -64,8 +64,8 @@ def test_a_study_becomes_what_the_same_images_as_nifti_become(
     study = study_of(trained / "data", tmp_path / "study")
     options = {**OPTIONS, "runs_dir": str(trained / "runs"), "uncertainty": True, "minimum_lesion_mm3": 0.0}
     with caplog.at_level(logging.INFO):
-        written = predict_dicom(str(BUNDLE), study, tmp_path / "out", options)
-    names = ["entropy.dcm", "measurements.dcm", "mutual_information.dcm", "segmentation.dcm", "volumes.json"]
+        written = predict_dicom(check_request(str(BUNDLE), options), study, tmp_path / "out")
+    names = ["entropy.dcm", "measurements.dcm", "mutual_information.dcm", "result.json", "segmentation.dcm"]
     assert sorted(path.name for path in written) == names
     said = caplog.text + "".join(capfd.readouterr())
     assert "not used" not in said
@@ -100,9 +100,9 @@ def test_what_cannot_be_predicted_is_refused_before_the_bundle_runs(trained: Pat
     study = study_of(trained / "data", tmp_path / "study")
     next((study / "Grimsby t1").glob("*_005.dcm")).unlink()
     with pytest.raises(DataError, match="missing slice"):
-        predict_dicom(str(BUNDLE), study, tmp_path / "out", options)
+        predict_dicom(check_request(str(BUNDLE), options), study, tmp_path / "out")
     with pytest.raises(UsageError, match="dicom_serie"):
-        predict_dicom(str(BUNDLE), study, tmp_path / "out", {**options, "dicom_serie": "flair=0"})
+        check_request(str(BUNDLE), {**options, "dicom_serie": "flair=0"})
     assert not (tmp_path / "out").exists()
 
 
@@ -135,13 +135,15 @@ def test_a_watched_folder_predicts_every_study_and_sends_the_results(
             "0",
         ]
         options = ["--runs_dir", str(trained / "runs"), *(word for k, v in OPTIONS.items() for word in (f"--{k}", v))]
-        assert main([*command, *options, "--send_to", f"ARCHIVE@127.0.0.1:{server.server_address[1]}"]) == 0
+        archive_at = ["--send_to", f"ARCHIVE@127.0.0.1:{server.server_address[1]}"]
+        assert main([*command, *options, *archive_at]) == 2  # nothing says whether with or without the patient
+        assert main([*command, *options, *archive_at, "--dicom_keep_identity", "False"]) == 0
     finally:
         server.shutdown()
     assert [str(result.Modality) for result in received] == ["SEG", "SR"]
     (done,), (reason,) = (tmp_path / "in" / "done").iterdir(), (tmp_path / "in" / "failed").glob("*.txt")
     assert "missing slice" in reason.read_text()
-    (case,) = (tmp_path / "out" / done.name).iterdir()
+    (case,) = (tmp_path / "out" / done.name).iterdir()  # and nothing of the work in between
     kept = pydicom.dcmread(case / "segmentation.dcm")
     assert kept.SOPInstanceUID == received[0].SOPInstanceUID
     said = "".join(capfd.readouterr()) + reason.read_text() + (tmp_path / "out" / "watch.jsonl").read_text()

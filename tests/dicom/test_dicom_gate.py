@@ -15,6 +15,7 @@ from generated_series import (
     AXIAL,
     CORONAL,
     FRAME,
+    MR,
     NAMES,
     SAGITTAL,
     SERIES,
@@ -111,6 +112,7 @@ def cut_pixels(k: int, image: Dataset) -> None:
         image.PixelData = image.PixelData[:-4]
 
 
+SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 TURNED = [1, 0, 0, 0, round(np.cos(0.1), 9), round(np.sin(0.1), 9)]
 POSITION = [-10.0, 20.0, 36.0]  # of slice 2
 PLANTED_DEFECTS: dict[str, tuple[str, Spoil, str]] = {
@@ -126,6 +128,16 @@ PLANTED_DEFECTS: dict[str, tuple[str, Spoil, str]] = {
     "pixel spacing": ("mixed spacing", set_in(2, PixelSpacing=[2.0, 0.55]), "2 x 0.5 mm in image 1"),
     "matrix": ("mixed spacing", set_in(2, Rows=4, Columns=6), "4 x 6 pixels in 4 images"),
     "frames of reference": ("mixed frame of reference", set_in(2, FrameOfReferenceUID=FRAME + ".7"), "2 frames"),
+    "another study": ("mixed series", set_in(2, StudyInstanceUID="1.2.3.4.99"), "image 3 has another StudyInstanceUID"),
+    "another class": ("mixed series", set_in(3, SOPClassUID=MR), "image 4 has another SOPClassUID"),
+    "unsigned among signed": ("mixed series", set_in(2, PixelRepresentation=0), "signed and unsigned"),
+    "another patient": ("different patients", set_in(2, PatientID="PID2"), "image 3 has another PatientID"),
+    "another birth date": ("different patients", set_in(4, PatientBirthDate="19600101"), "another PatientBirthDate"),
+    "class of another modality": (
+        "wrong modality",
+        set_in(None, SOPClassUID=MR),
+        "modality CT in an image of class MR",
+    ),
     "no position": ("geometry missing", without("ImagePositionPatient"), "no ImagePositionPatient"),
     "no pixel spacing": ("geometry missing", without("PixelSpacing"), "no PixelSpacing"),
     "empty orientation": ("geometry missing", set_in(0, ImageOrientationPatient=None), "ImageOrientationPatient"),
@@ -142,6 +154,8 @@ PLANTED_DEFECTS: dict[str, tuple[str, Spoil, str]] = {
     "enhanced": ("multi-frame", one_frame_of_many, "in one file"),
     "colour": ("not a plain image", set_in(None, SamplesPerPixel=3), "3 samples"),
     "inverted": ("not a plain image", set_in(None, PhotometricInterpretation="MONOCHROME1"), "MONOCHROME1"),
+    "screen capture": ("not a plain image", set_in(None, SOPClassUID=SECONDARY_CAPTURE), "Secondary Capture"),
+    "burned in": ("not a plain image", set_in(None, BurnedInAnnotation="YES"), "burned into its pixels"),
     "slope 0": ("rescale", set_in(2, RescaleSlope=0), "slope 0"),
     "no intercept": ("rescale", without("RescaleIntercept"), "RescaleSlope without"),
     "no rescale": ("rescale", without("RescaleSlope", "RescaleIntercept"), "a CT without"),
@@ -176,7 +190,7 @@ def test_a_defect_is_refused_by_its_name_in_three_lines(name: str, tmp_path: Pat
 
 
 def test_every_defect_in_the_table_is_planted() -> None:
-    others = {"single slice", "wrong modality", "broken file"}  # planted below
+    others = {"single slice", "broken file"}  # planted below
     assert {defect for defect, _, _ in PLANTED_DEFECTS.values()} == set(DEFECTS) - others
 
 
@@ -424,11 +438,36 @@ def test_a_folder_of_several_series_has_one_line_for_each_and_nothing_typed_in_i
     other = set_in(None, SeriesInstanceUID="1.2.3.9", Modality="MR")
     write_series(tmp_path / "in" / "b", stored_pixels(slices=3), change=other)
     (tmp_path / "in" / "notes.txt").write_text("Grimsby")
+    (tmp_path / "in" / "link.dcm").symlink_to(next((tmp_path / "in" / "a").iterdir()))
     found = find_series(tmp_path / "in", tmp_path / "work")
     lines = sorted(line_of(series)[10:] for series in found.series)
-    assert lines == ["CT      5 images  4 x 6", "MR      3 images  4 x 6"]
-    assert found.passed_over == 1
+    assert lines == ["CT      5 images (1 to 5)  4 x 6", "MR      3 images (1 to 3)  4 x 6"]
+    assert (found.passed_over, found.links) == (1, 1)
     assert not names_found("\n".join(line_of(series) for series in found.series), NAMES)
+
+
+def test_a_dose_page_of_the_same_modality_does_not_stop_the_scan_beside_it(tmp_path: Path) -> None:
+    """Scanners file the dose of a CT as a screen capture of modality CT, without positions."""
+
+    def page(k: int, image: Dataset) -> None:
+        image.SeriesInstanceUID, image.SOPClassUID = "1.2.3.9", SECONDARY_CAPTURE
+        del image.ImagePositionPatient
+
+    write_series(tmp_path / "in" / "a")
+    write_series(tmp_path / "in" / "b", stored_pixels(slices=1), change=page)
+    cases = as_case_folders(tmp_path / "in", ["ct"], tmp_path / "work")
+    assert sorted(line.split("  ")[-1] for line in cases.lines) == ["ct", "not used"]
+
+
+def test_one_huge_element_of_a_header_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def swollen(k: int, image: Dataset) -> None:
+        image.private_block(0x0029, "GRIMSBY MAKER").add_new(0x02, "OB", bytes(20_000))
+
+    write_series(tmp_path / "in", change=swollen)
+    assert find_series(tmp_path / "in", tmp_path / "work").series
+    monkeypatch.setenv("FIDUCIAL_MAX_METADATA_BYTES", "10000")
+    with pytest.raises(DataError, match="an element of the header has 20000 bytes"):
+        find_series(tmp_path / "in", tmp_path / "work")
 
 
 def test_localisers_beside_a_series_are_passed_over_and_said_so(tmp_path: Path) -> None:

@@ -15,17 +15,19 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from generated_series import CORONAL, NAMES, PLANTED, SAGITTAL, SERIES, STUDY, stored_pixels, write_series
+from generated_series import CORONAL, NAMES, PLANTED, SAGITTAL, SERIES, STUDY, Change, stored_pixels, write_series
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
 
-from pipelines.dicom.cases import DicomCases, as_case_folders, sequence_of, write_back
+from pipelines.dicom.cases import Allowed, DicomCases, as_case_folders
+from pipelines.dicom.choice import sequence_of
 from pipelines.dicom.objects import Origin, to_bytes
 from pipelines.dicom.parametric import parametric_map, values_of_map
 from pipelines.dicom.privacy import IDENTITY, names_found, names_in, redacted, refuse_identity, without_names
 from pipelines.dicom.report import measurement_report, volumes_of_report
+from pipelines.dicom.results import write_back
 from pipelines.dicom.segmentation import CODES, code_of, codes_from_raw, dicom_segmentation, labels_of_segmentation
 from pipelines.dicom.series import Image, Series, find_series
 from pipelines.dicom.uids import content_uid
@@ -256,7 +258,7 @@ def test_the_same_content_twice_is_the_same_bytes_also_in_another_process(tmp_pa
         "segmentation.dcm",
         "entropy.dcm",
         "measurements.dcm",
-        "volumes.json",
+        "result.json",
     }
 
 
@@ -375,6 +377,11 @@ def test_names_are_found_in_sequences_and_in_other_alphabets(tmp_path: Path) -> 
         ("t2star", None),
         ("pd/t2 dual echo", None),
         ("AT10 survey", None),
+        ("t1_mpr_sag_p2_iso", "t1"),
+        ("Ax T1 FLAIR", None),  # T1-weighted with an inversion: no FLAIR
+        ("t2_tirm_tra", None),  # may be a FLAIR or fat suppression
+        ("T1 map", None),
+        ("T2 DWI trace", None),
         ("", None),
     ],
 )
@@ -382,6 +389,14 @@ def test_the_sequence_is_read_from_the_description_or_left_open(description: str
     header = Dataset()
     header.SeriesDescription = description
     assert sequence_of(Series("0" * 8, (Image(Path("a"), header),))) == sequence
+
+
+def test_the_header_counts_beside_the_description() -> None:
+    header = Dataset()
+    header.SeriesDescription, header.ContrastBolusAgent = "t1 mprage sag", "some agent"
+    assert sequence_of(Series("0" * 8, (Image(Path("a"), header),))) == "t1ce"
+    header.SeriesDescription, header.InversionTime = "t2 tra", 2500
+    assert sequence_of(Series("0" * 8, (Image(Path("a"), header),))) is None
 
 
 def multi(folder: Path, name: str, uid: str, **more: object) -> None:
@@ -415,7 +430,7 @@ def test_sequences_on_different_grids_or_in_different_frames_are_refused(tmp_pat
     multi(tmp_path / "in", "t1", "1.2.7.2", PixelSpacing=[2.1, 0.5])
     with pytest.raises(DataError, match="grid"):
         as_case_folders(tmp_path / "in", ["flair", "t1"], tmp_path / "work")
-    cases = as_case_folders(tmp_path / "in", ["flair", "t1"], tmp_path / "work", allow_resampling=True)
+    cases = as_case_folders(tmp_path / "in", ["flair", "t1"], tmp_path / "work", allowed=Allowed(resampling=True))
     (item,) = items_from_path(cases.folder, ["flair", "t1"])
     flair, t1 = (nib.load(path) for path in item["image"])
     np.testing.assert_allclose(flair.affine, t1.affine)
@@ -425,7 +440,108 @@ def test_sequences_on_different_grids_or_in_different_frames_are_refused(tmp_pat
     multi(tmp_path / "other", "flair", "1.2.7.1")
     multi(tmp_path / "other", "t1", "1.2.7.2", FrameOfReferenceUID="1.2.3.4.8")
     with pytest.raises(DataError, match="mixed frame of reference"):
-        as_case_folders(tmp_path / "other", ["flair", "t1"], tmp_path / "work2", allow_resampling=True)
+        as_case_folders(tmp_path / "other", ["flair", "t1"], tmp_path / "work2", allowed=Allowed(resampling=True))
+
+
+def mri_and_ct(folder: Path, **of_the_ct: object) -> None:
+    """Write an MRI and a CT of one patient, of two studies and in one frame of reference; the CT twice as fine in z."""
+    mri = {"StudyInstanceUID": "1.2.8.1", "SeriesInstanceUID": "1.2.8.1.1"}
+    ct = {"StudyInstanceUID": "1.2.8.2", "SeriesInstanceUID": "1.2.8.2.1", **of_the_ct}
+
+    def change(of: dict[str, object]) -> Change:
+        def with_uids(k: int, image: Dataset) -> None:
+            for keyword, value in of.items():
+                setattr(image, keyword, value)
+            image.SOPInstanceUID = f"{of['SeriesInstanceUID']}.{k + 1}"
+
+        return with_uids
+
+    write_series(folder / "mri", modality="MR", change=change(mri))
+    write_series(folder / "ct", stored_pixels(9), gap=1.5, change=change(ct))
+
+
+def test_an_mri_and_a_ct_of_two_studies_of_one_patient_are_one_case(tmp_path: Path) -> None:
+    mri_and_ct(tmp_path / "in")
+    with pytest.raises(DataError, match="grid"):
+        as_case_folders(tmp_path / "in", ["mri", "ct"], tmp_path / "work")
+    cases = as_case_folders(tmp_path / "in", ["mri", "ct"], tmp_path / "work", allowed=Allowed(resampling=True))
+    (case,) = cases.cases
+    (item,) = items_from_path(cases.folder, ["mri", "ct"])
+    mri, ct = (nib.load(path).get_fdata() for path in item["image"])
+    np.testing.assert_array_equal(mri.transpose(2, 1, 0), stored_pixels())
+    np.testing.assert_array_equal(ct.transpose(2, 1, 0), 2 * stored_pixels(9)[::2] - 1000)  # every other slice
+    assert set(case.series) == {"mri", "ct"}
+    (note,) = case.notes
+    assert "ct: resampled on the grid of" in note
+    assert "covers 100.0%" in note
+
+
+@pytest.mark.parametrize("ids", [{"PatientID": "PID2"}, {"PatientBirthDate": "19600101"}])
+def test_images_of_two_patients_are_never_one_case(ids: dict[str, str], tmp_path: Path) -> None:
+    mri_and_ct(tmp_path / "in", **ids)
+    with pytest.raises(DataError, match="no series for"):
+        as_case_folders(tmp_path / "in", ["mri", "ct"], tmp_path / "work")
+    keys = {s.modality.lower().replace("mr", "mri"): s.key for s in find_series(tmp_path / "in", tmp_path).series}
+    with pytest.raises(DataError, match="different patients") as refused:
+        as_case_folders(tmp_path / "in", ["mri", "ct"], tmp_path / "work", chosen=keys)
+    assert names_found(str(refused.value), NAMES) == []
+    # in one study as well
+    mri_and_ct(tmp_path / "one", StudyInstanceUID="1.2.8.1", **ids)
+    with pytest.raises(DataError, match="different patients"):
+        as_case_folders(tmp_path / "one", ["mri", "ct"], tmp_path / "work")
+
+
+def test_two_studies_of_nobody_in_particular_are_one_case_only_where_it_is_said(tmp_path: Path) -> None:
+    """Both IDs read ANON and the birth dates are gone: that says nothing about who they are."""
+    mri_and_ct(tmp_path / "in", PatientBirthDate="")
+    for path in (tmp_path / "in" / "mri").iterdir():
+        image = pydicom.dcmread(path)
+        image.PatientBirthDate = ""
+        image.save_as(path)
+    with pytest.raises(DataError, match="no series for ct") as refused:
+        as_case_folders(tmp_path / "in", ["mri", "ct"], tmp_path / "work")
+    assert "--dicom_series mri=KEY,ct=KEY" in refused.value.fix
+    keys = {s.modality.lower().replace("mr", "mri"): s.key for s in find_series(tmp_path / "in", tmp_path).series}
+    allowed = Allowed(resampling=True)
+    cases = as_case_folders(tmp_path / "in", ["mri", "ct"], tmp_path / "work", chosen=keys, allowed=allowed)
+    assert len(cases.cases) == 1
+
+
+@pytest.mark.parametrize("frame", ["1.2.3.4.8", ""])
+def test_a_ct_in_another_frame_or_in_none_is_not_laid_over_an_mri(frame: str, tmp_path: Path) -> None:
+    mri_and_ct(tmp_path / "in", FrameOfReferenceUID=frame)
+    with pytest.raises(DataError, match="mixed frame of reference") as refused:
+        as_case_folders(tmp_path / "in", ["mri", "ct"], tmp_path / "work", allowed=Allowed(resampling=True))
+    assert "--dicom_register True" in refused.value.fix
+
+
+def test_a_series_that_lies_beside_the_first_is_not_resampled_to_nothing(tmp_path: Path) -> None:
+    def far(k: int, image: Dataset) -> None:
+        image.SeriesInstanceUID, image.SOPInstanceUID = "1.2.8.5", f"1.2.8.5.{k + 1}"
+        image.SeriesDescription = "flair"
+        image.ImagePositionPatient = [-10.0, 20.0, 500.0 + 3 * k]
+
+    write_series(tmp_path / "in" / "t1", modality="MR")
+    write_series(tmp_path / "in" / "flair", modality="MR", change=far)
+    with pytest.raises(DataError, match="no voxel of"):
+        as_case_folders(tmp_path / "in", ["flair", "t1"], tmp_path / "work", allowed=Allowed(resampling=True))
+
+
+def test_references_stay_where_the_source_was_made_by_the_same_library(tmp_path: Path) -> None:
+    """highdicom draws UIDs below its root; ours replace those that it drew for the result, not those of the source."""
+    root = "1.2.826.0.1.3680043.10.511.3.77"
+
+    def change(k: int, image: Dataset) -> None:
+        image.SeriesInstanceUID, image.StudyInstanceUID = f"{root}.1", f"{root}.2"
+        image.FrameOfReferenceUID, image.SOPInstanceUID = f"{root}.3", f"{root}.4.{k + 1}"
+
+    volume = volume_of(write_series(tmp_path / "in", change=change))
+    prediction = drawn(volume)
+    result = reread(dicom_segmentation(prediction, volume, LABELS, ORIGIN))
+    assert (result.StudyInstanceUID, result.FrameOfReferenceUID) == (f"{root}.2", f"{root}.3")
+    assert result.ReferencedSeriesSequence[0].SeriesInstanceUID == f"{root}.1"
+    assert result.SeriesInstanceUID.startswith("2.25.")
+    np.testing.assert_array_equal(labels_of_segmentation(result, volume), volume.to_slices(prediction))
 
 
 def test_fused_images_become_parametric_maps_without_a_label_table(tmp_path: Path) -> None:
@@ -439,8 +555,8 @@ def test_fused_images_become_parametric_maps_without_a_label_table(tmp_path: Pat
     for name, values in maps.items():
         nib.save(nib.Nifti1Image(values, case.volume.affine), tmp_path / "predictions" / f"{case.name}_{name}.nii.gz")
     written = write_back(tmp_path / "predictions", cases, tmp_path / "out", [], ORIGIN)
-    assert [path.name for path in written] == ["fused.dcm", "uncertainty.dcm"]
-    for path in written:
+    assert [path.name for path in written] == ["fused.dcm", "uncertainty.dcm", "result.json"]
+    for path in written[:2]:
         result = pydicom.dcmread(path)
         np.testing.assert_array_equal(values_of_map(result, case.volume), case.volume.to_slices(maps[path.stem]))
         assert result.RecognizableVisualFeatures == ("YES" if path.stem == "fused" else "NO")  # a face can be seen

@@ -11,12 +11,14 @@ import pydicom
 import pytest
 import SimpleITK
 
-from pipelines.dicom.cases import as_case_folders, write_back
+from pipelines.dicom.cases import as_case_folders
+from pipelines.dicom.headers import planes_of
 from pipelines.dicom.objects import Origin, to_bytes
 from pipelines.dicom.privacy import names_found, names_in
 from pipelines.dicom.report import volumes_of_report
+from pipelines.dicom.results import write_back
 from pipelines.dicom.segmentation import dicom_segmentation, labels_of_segmentation
-from pipelines.dicom.series import find_series, planes_of
+from pipelines.dicom.series import find_series
 from pipelines.dicom.volume import Volume, read_volume
 from pipelines.manifests.model import Label
 from transforms.errors import DataError
