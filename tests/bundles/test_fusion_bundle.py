@@ -204,6 +204,36 @@ def test_several_samples_leave_a_map_of_uncertainty(diffusion: Path, scans: Path
     np.testing.assert_array_equal(spread.affine, nib.load(tmp_path / "patient_7_fused.nii.gz").affine)
 
 
+# 26 slices of 6 mm, as in a stroke protocol: a patch that is halved across the slices once, or a stack of five slices.
+@pytest.mark.parametrize(
+    ("dimensions", "patch", "schedule", "prediction"),
+    [("3", "[32,32,16]", "rectified_flow", "x0"), ("2.5", "[32,32,8]", "cosine", "v")],
+)
+def test_twenty_six_thick_slices(
+    dimensions: str, patch: str, schedule: str, prediction: str, tmp_path: Path, scans: Path
+) -> None:
+    pair_cohort(tmp_path / "pairs", subjects=3, spacing_mm=(4.0, 4.0, 6.0), seed=3, contrasts=("t2",))
+    for path in (tmp_path / "pairs").rglob("*.nii.gz"):
+        whole = nib.load(path)
+        kept = whole.slicer[:, :, 6:32]
+        nib.save(nib.Nifti1Image(np.asarray(kept.dataobj).astype(whole.get_data_dtype()), kept.affine), path)
+    manifest = str(tmp_path / "thick.json")
+    roles = ["--image", "mri={subject}/t2/mri.nii.gz", "--image", "ct={subject}/t2/ct.nii.gz", "--unit", "ct=HU"]
+    masks = [word for name in ("brain", "bone") for word in ("--mask", f"{name}={{subject}}/t2/{name}.nii.gz")]
+    splits = ["--label", "{subject}/t2/lesion.nii.gz", "--validation", "head_001", "--test", "head_002"]
+    names = ["--name", "thick", "-o", manifest]
+    assert main(["manifest", "import", "folder", str(tmp_path / "pairs"), *roles, *masks, *splits, *names]) == 0
+    where = ["--manifest", manifest, "--runs_dir", str(tmp_path), "--run_name", "r"]
+    where += ["--cache_dir", str(tmp_path / "cache"), "--spacing", "[4.0,4.0,6.0]", "--patch_size", patch]
+    chosen = ["--dimensions", dimensions, "--schedule", schedule, "--prediction", prediction, "--channels", "[8,16,24]"]
+    quick = ["--max_epochs", "1", "--steps_per_epoch", "3", "--val_interval", "1", "--sampling_steps", "2"]
+    assert main(["train", str(BUNDLE), *where, *chosen, *quick, "--warmup_epochs", "0", "--batch_size", "2"]) == 0
+    run = tmp_path / BUNDLE.name / "r"
+    assert np.isfinite(history(run)[-1]["brain_ssim"])
+    assert predict(scans, tmp_path / "out", run, "--sampling_steps", "2") == 0
+    assert np.isfinite(nib.load(tmp_path / "out" / "patient_7_fused.nii.gz").get_fdata()).all()
+
+
 def test_what_is_no_pair_is_refused(
     one_pass: Path, head: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
