@@ -21,9 +21,9 @@ from monai.data import MetaTensor
 from monai.transforms import AdjustContrastd, Compose, Lambda, Lambdad, RandLambdad, Randomizable
 from scipy import ndimage
 
+from pipelines.preflight.chains import channel_names, steps_of, without_randomness
 from pipelines.preflight.finding import CannotRun, Finding
 from pipelines.preflight.inspection import Inspection
-from pipelines.preflight.intensity import channel_names, steps_of, without_randomness
 from pipelines.preflight.rule import Rule
 from transforms.errors import BundleError
 from transforms.gamma import refuse_gamma_after_normalisation
@@ -34,6 +34,9 @@ FEWEST_DRAWS = 8
 VOXELS = 60_000_000  # of all draws together, channels counted: a few seconds
 MOVES = 8  # draws of the transforms that move voxels, each of them switched on
 BORDER = 2  # voxels beside a border of the pattern, where nearest and linear interpolation may differ
+# In a small patch the margin is one voxel, and a rotation with a zoom leaves a few voxels that rounded to the other
+# side (seen: 2 of 2471). A map that was not moved differs in several per cent.
+ROUNDED_SHARE = 0.005
 _CONSTANT = 1e-6
 _BENDING = ("sqrt", "log", "log2", "log10", "log1p", "power", "pow")
 
@@ -169,8 +172,8 @@ def moved_findings(
 ) -> list[Finding]:
     """R08: compare a map with the image that held the same pattern before both were moved.
 
-    Where the image was interpolated, voxels within ``BORDER`` of a border of either are left out; where every voxel is
-    still 0 or 1 (mirrored, turned by 90 degrees, cropped), none is.
+    Where the image was interpolated, voxels within ``BORDER`` of a border of either are left out, and of the others
+    ``ROUNDED_SHARE`` may differ; where every voxel is still 0 or 1 (mirrored, turned, cropped), all count.
 
     Args:
         pattern: channels of the image (C, *spatial) that hold the pattern.
@@ -182,13 +185,14 @@ def moved_findings(
         measured = f"shape {delivered.shape[1:]}, the image has {pattern.shape[1:]}"
         return [_unmoved(key, reader, measured, "one grid", cases)]
     painted, found = pattern > 0.5, delivered > 0.5
-    inner = np.ones(found.shape, bool)
+    inner, allowed = np.ones(found.shape, bool), 0.0
     if not np.isin(pattern, (0, 1)).all():
-        inner = _away_from_borders(painted) & _away_from_borders(found)
+        inner, allowed = _away_from_borders(painted) & _away_from_borders(found), ROUNDED_SHARE
     wrong = int(np.count_nonzero(inner & (painted != found)))
-    if not wrong:
+    if wrong <= allowed * inner.sum():
         return []
-    return [_unmoved(key, reader, f"{wrong} of {int(inner.sum())} voxels differ", "none", cases)]
+    expected = f"at most {100 * allowed:g} %" if allowed else "none"
+    return [_unmoved(key, reader, f"{wrong} of {int(inner.sum())} voxels differ", expected, cases)]
 
 
 def distance_map_findings(

@@ -24,8 +24,9 @@ from torch import nn
 from pipelines import tensorfile
 from pipelines.preflight.finding import CannotRun, Finding
 from pipelines.preflight.inspection import Inspection
-from pipelines.preflight.network import input_shape, own_draws, smallest_size
 from pipelines.preflight.rule import Rule
+from pipelines.preflight.samples import input_shape, own_draws
+from pipelines.preflight.tracing import smallest_size
 from pipelines.training.checkpoints import load_weights, read_header, save_weights
 from pipelines.training.state import newest_state
 from transforms.errors import BundleError, FiducialError, find_error

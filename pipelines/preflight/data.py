@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from pipelines.manifests import Manifest, case_items
+from pipelines.preflight.chains import centred
 from pipelines.preflight.finding import CannotRun, Finding, Severity
 from pipelines.preflight.inspection import Inspection, as_dictionary
-from pipelines.preflight.intensity import centred
 from pipelines.preflight.rule import Rule
 
 FEWEST_FOR_SPREAD = 10  # cases from which on equal shares of the foreground are no coincidence

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +20,8 @@ from pipelines import tensorfile
 from pipelines.inference.inferers import PRECISIONS
 from pipelines.preflight.finding import CannotRun, Finding
 from pipelines.preflight.inspection import Inspection
-from pipelines.preflight.network import own_draws
 from pipelines.preflight.rule import Rule
+from pipelines.preflight.samples import own_draws
 from pipelines.training.distributed import world_size
 from transforms.errors import BundleError
 
@@ -28,13 +30,6 @@ Limits = Mapping[str, float]
 PACKAGE = "fiducial"
 FOLDERS = ("runs_dir", "cache_dir")
 WEIGHTS = ("initial_weights", "lesion_head", "pretrained_weights", "checkpoint")
-_IMPORTED_AS = {
-    "pillow": "PIL",
-    "pytorch-ignite": "ignite",
-    "scikit-image": "skimage",
-    "pyyaml": "yaml",
-    "SimpleITK": "SimpleITK",
-}
 
 
 # --- packages
@@ -78,12 +73,24 @@ def _problem_of(requirement: Requirement) -> str:
         return "not installed"
     if not requirement.specifier.contains(there, prereleases=True):
         return f"version {there}"
-    module = _IMPORTED_AS.get(requirement.name, requirement.name.replace("-", "_"))
-    try:
-        importlib.import_module(module)
-    except Exception as problem:  # a broken installation raises anything
-        return f"import {module}: {type(problem).__name__}: {problem}"[:200]
+    for module in modules_of(requirement.name):
+        try:
+            importlib.import_module(module)
+        except Exception as problem:  # a broken installation raises anything
+            return f"import {module}: {type(problem).__name__}: {problem}"[:200]
     return ""
+
+
+def modules_of(package: str) -> list[str]:
+    """Return the names by which an installed package is imported: its own, or those that its list of files says."""
+    own = re.sub(r"[-.]+", "_", package)
+    if importlib.util.find_spec(own) is not None:
+        return [own]
+    distribution = importlib.metadata.distribution(package)
+    files = [each.parts for each in distribution.files or ()]
+    names = {parts[0] for parts in files if len(parts) == 2 and parts[1] == "__init__.py"}
+    names |= {parts[0].removesuffix(".py") for parts in files if len(parts) == 1 and parts[0].endswith(".py")}
+    return sorted(name for name in names if not name.startswith("_")) or [own]
 
 
 def check_packages(inspection: Inspection, limits: Limits) -> list[Finding]:

@@ -17,9 +17,9 @@ import nibabel
 import numpy as np
 
 from pipelines.manifests import Manifest
+from pipelines.preflight.chains import steps_of
 from pipelines.preflight.finding import CannotRun, Finding, Severity, Source
 from pipelines.preflight.inspection import Inspection, spread
-from pipelines.preflight.intensity import steps_of
 from pipelines.preflight.rule import Rule
 from transforms.errors import DataError
 from transforms.fusion import CT, MRI

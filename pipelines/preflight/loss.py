@@ -20,18 +20,12 @@ import torch
 from torch import nn
 
 from pipelines.inference.inferers import PRECISIONS, AutocastInferer
+from pipelines.preflight.condition import wake
 from pipelines.preflight.finding import CannotRun, Finding
 from pipelines.preflight.inspection import Inspection
-from pipelines.preflight.network import (
-    at_time,
-    draw_batch,
-    input_shape,
-    need_one_process,
-    own_draws,
-    trace,
-    wake,
-)
 from pipelines.preflight.rule import Rule
+from pipelines.preflight.samples import at_time, draw_batch, input_shape, need_one_process, own_draws
+from pipelines.preflight.tracing import trace
 from transforms.diffusion import LABEL_CHANNELS, NoiseSchedule
 
 Limits = Mapping[str, float]

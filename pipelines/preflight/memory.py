@@ -22,8 +22,8 @@ from torch.optim.swa_utils import AveragedModel
 from pipelines.inference.inferers import AutocastInferer
 from pipelines.preflight.finding import CannotRun, Finding
 from pipelines.preflight.inspection import Inspection
-from pipelines.preflight.network import draw_batch, need_one_process, own_draws
 from pipelines.preflight.rule import Rule
+from pipelines.preflight.samples import draw_batch, need_one_process, own_draws
 from pipelines.training.distributed import world_size
 
 Limits = Mapping[str, float]

@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from monai.bundle import ConfigParser
+from monai.networks import one_hot
 from numpy.typing import ArrayLike, NDArray
 from skimage.measure import regionprops
 
 from pipelines.preflight.finding import CannotRun, Finding
 from pipelines.preflight.inspection import Inspection
-from pipelines.preflight.network import draw_batch, input_shape, need_one_process, own_draws, predict, window_of
 from pipelines.preflight.rule import Rule
+from pipelines.preflight.samples import draw_batch, input_shape, need_one_process, own_draws, predict, window_of
 from transforms.diffusion import LABEL_CHANNELS
 from transforms.fusion import REFERENCE_CHANNELS
 
@@ -220,7 +222,7 @@ def check_inputs(inspection: Inspection, limits: Limits) -> list[Finding]:
 
 
 def check_prediction(inspection: Inspection, limits: Limits) -> list[Finding]:
-    """R28: what validation makes of a case, and what its network is given, are not the ground truth."""
+    """R28: what inferer and postprocessing of validation make of a case, and what its network is given, is its own."""
     validation = inspection.need("validation")
     if not len(validation):
         raise CannotRun("the cohort has no validation case")
@@ -228,12 +230,27 @@ def check_prediction(inspection: Inspection, limits: Limits) -> list[Finding]:
     window = window_of(item, input_shape(inspection)[2:])
     network = copy.deepcopy(inspection.need("network")).eval()
     with own_draws():
-        prediction = predict(inspection, network, window)
-    case = str(item.get("case", ""))
-    truths = _truths(inspection, np.asarray(window["label"][0]))
-    return judge_prediction(prediction[0], window["label"][0, :1], case) + judge_inputs(
-        window["image"][0], truths, case, limits
-    )
+        prediction = predict(inspection, network, window)[0]
+    case, truth = str(item.get("case", "")), window["label"][0]
+    findings = judge_prediction(prediction, truth[:1], case)
+    findings += judge_inputs(window["image"][0], _truths(inspection, np.asarray(truth)), case, limits)
+    given = {**item, "image": window["image"][0], "label": truth, "pred": prediction}
+    return findings or _after_postprocessing(inspection, given, case)
+
+
+def _after_postprocessing(inspection: Inspection, given: Mapping[str, Any], case: str) -> list[Finding]:
+    """Judge what the configuration's postprocessing of validation hands on as the prediction, where it has one."""
+    if not isinstance((inspection.config.get("validate") or {}).get("postprocessing"), Mapping):
+        return []
+    classes = len(inspection.contract.get("labels", ()))
+    logits = one_hot(given["pred"][None].long().cpu(), classes)[0] if classes and inspection.task != "fusion" else None
+    before = {**given, "pred": given["pred"] if logits is None else logits}
+    parser = ConfigParser({**inspection.config, "contract": dict(inspection.contract)})
+    try:
+        after = parser.get_parsed_content("validate#postprocessing")(before)
+    except Exception as problem:
+        raise CannotRun(f"the postprocessing of validation cannot be tried: {problem}") from problem
+    return judge_prediction(after["pred"], given["label"][:1], case)
 
 
 def _truths(inspection: Inspection, label: NDArray[Any]) -> dict[str, NDArray[Any]]:

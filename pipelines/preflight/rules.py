@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pipelines.preflight import (
+    arithmetic,
     augmentation,
     checkpoint,
+    condition,
     configuration,
     data,
     environment,
@@ -18,6 +20,7 @@ from pipelines.preflight import (
     sampler,
     spectral,
     splits,
+    steps,
 )
 from pipelines.preflight.rule import Rule
 
@@ -34,6 +37,9 @@ RULES: tuple[Rule, ...] = (
     *memory.RULES,
     *checkpoint.RULES,
     *network.RULES,
+    *steps.RULES,
+    *condition.RULES,
+    *arithmetic.RULES,
     *loss.RULES,
     *sampler.RULES,
     *metrics.RULES,

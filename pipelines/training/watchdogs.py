@@ -28,19 +28,18 @@ from pipelines.training.fusion import ValidationFusion
 from pipelines.training.handlers import KeepCheckpoints, StopEarly
 from pipelines.training.phases import Phase
 from pipelines.training.validation import ValidationDice
+from pipelines.training.validation_watchers import WatchFusion, WatchValidation
 from pipelines.training.watchers import (
     Limits,
     WatchBest,
     WatchData,
     Watcher,
     WatchFaults,
-    WatchFusion,
     WatchGap,
     WatchGradient,
     WatchLoss,
     WatchRates,
     WatchStopping,
-    WatchValidation,
 )
 from transforms.errors import BundleError, DataError
 

@@ -14,7 +14,7 @@ from proof_intensity import changed, findings, fusion_run, lesion_run, rule_name
 
 from pipelines.preflight import Inspection
 from pipelines.preflight.augmentation import RULES, horizontal_vertical
-from pipelines.preflight.intensity import steps_of
+from pipelines.preflight.chains import steps_of
 from transforms import NormalizeIntensityInMaskd
 
 SHIFT = rule_named(RULES, "augmentation keeps the scale")

@@ -16,7 +16,8 @@ from planted import Proof
 
 from pipelines.embedded import head_cohort, pair_cohort
 from pipelines.preflight import Finding, Inspection, Rule
-from pipelines.preflight.intensity import RULES, steps_of
+from pipelines.preflight.chains import steps_of
+from pipelines.preflight.intensity import RULES
 from pipelines.runner import bundle_parser
 from transforms import FusionConditiond, MeasureIntensityInMaskd, N4BiasFieldCorrectiond
 

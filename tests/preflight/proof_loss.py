@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from planted import Proof
-from proof_network import found, fusion, lesion
+from proof_network import SPACING, found, fusion, lesion
 from torch import nn
 
-from pipelines.losses import CompositeLoss, DeepSupervisionLoss, FusionLoss, Voxels, cross_entropy_loss, soft_dice_loss
+from pipelines.losses import (
+    CompositeLoss,
+    DeepSupervisionLoss,
+    FusionLoss,
+    Voxels,
+    cross_entropy_loss,
+    fusion_loss,
+    soft_dice_loss,
+)
 from pipelines.losses.composite import Term
+from pipelines.networks import segmentation_network
 from pipelines.preflight import Finding, Inspection
 from pipelines.preflight.loss import RULES
 
@@ -56,6 +65,18 @@ class DividesByWeight(FusionLoss):
         return sum((error * label[:, c : c + 1]).sum() / label[:, c : c + 1].sum() for c in (3, 4))
 
 
+@cache
+def lesion_head(patch_size: tuple[int, ...] = (48, 56, 1), filters: tuple[int, ...] = (8, 16, 24)) -> nn.Module:
+    """A network that reads lesions from fused images, of slices of this size."""
+    torch.manual_seed(0)
+    return segmentation_network(2.5, 1, 2, SPACING, list(patch_size), list(filters), stack_slices=1).eval()
+
+
+def with_lesion_head(head: nn.Module) -> Inspection:
+    """Return the fusion bundle's run with the lesion term of a preset."""
+    return replace(fusion(), loss=lambda name: fusion_loss("stroke", head, roi_weight=0.1, spacing_mm=SPACING))
+
+
 def many_fold(inspection: Inspection) -> list[Finding]:
     return [finding for finding in found(RULES, "R18", inspection) if finding.severity == "warn"]
 
@@ -89,6 +110,13 @@ PROOFS = [
         origin="x0 divided by the root of alpha bar",
         planted=lambda: found(RULES, "R19", replace(fusion(), network=DividesByImage(5))),
         healthy=lambda: found(RULES, "R19", fusion()) + found(RULES, "R19", replace(fusion(), precision="bf16")),
+    ),
+    Proof(
+        rule="R19",
+        check="the same with a lesion head, on whole patches",
+        origin="a lesion head that the patches of the run do not fit",
+        planted=lambda: found(RULES, "R19", with_lesion_head(lesion_head((64, 64, 1), (4, 8, 8, 8, 8)))),
+        healthy=lambda: found(RULES, "R19", with_lesion_head(lesion_head())),
     ),
     Proof(
         rule="R27",

@@ -16,11 +16,11 @@ from planted import Proof
 from torch import nn
 
 from pipelines.embedded import head_cohort, pair_cohort
-from pipelines.preflight import Finding, Inspection, Rule
-from pipelines.preflight.network import RULES
+from pipelines.preflight import Finding, Inspection, Rule, condition, network, steps
 from pipelines.runner import bundle_parser
 
 SPACING = [4.0, 4.0, 4.0]
+RULES: tuple[Rule, ...] = (*network.RULES, *steps.RULES, *condition.RULES)
 
 
 @cache

@@ -126,6 +126,19 @@ def test_an_interpolation_within_the_border_is_no_mismatch() -> None:
     assert moved_findings(np.roll(image, 6, axis=1), label, "label", "the network")
 
 
+def test_single_voxels_may_round_to_the_other_side_where_the_image_was_interpolated() -> None:
+    # 40 x 40 voxels, of which about 1300 are away from borders; .5 % of them are 6. A block of 5 x 10 in the map
+    # alone has 1 x 6 voxels away from its border, one of 6 x 10 has 2 x 6.
+    label = np.zeros((1, 40, 40), np.float32)
+    label[0, 20:] = 1
+    image = np.clip(label, 0.01, 0.99)
+    label[0, 5:10, 5:15] = 1
+    assert not moved_findings(image, label, "label", "the network")
+    assert moved_findings((image > 0.5).astype(np.float32), label, "label", "the network")  # nothing was interpolated
+    label[0, 10, 5:15] = 1
+    assert moved_findings(image, label, "label", "the network")
+
+
 def test_another_grid_is_a_finding() -> None:
     (found,) = moved_findings(np.zeros((1, 8, 8)), np.zeros((1, 8, 6)), "mask", "the network")
     assert "shape (8, 6)" in found.measured

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from planted import Proof
 from proof_environment import PROOFS
 from proof_network import lesion
@@ -18,6 +21,7 @@ from pipelines.preflight.environment import (
     judge_device,
     judge_packages,
     judge_processes,
+    modules_of,
     package_problems,
     unreadable,
     unwritable,
@@ -47,6 +51,16 @@ def test_requirements() -> None:
     (finding,) = judge_packages(problems)
     assert "1 more" in finding.measured
     assert judge_packages({"numpy>=2.0": ""}) == []
+
+
+def test_every_requirement_is_imported_by_the_name_that_the_rule_takes() -> None:
+    required = [Requirement(text) for text in metadata.requires("fiducial") or []]
+    own = [each.name for each in required if each.marker is None or each.marker.evaluate({"extra": ""})]
+    assert len(own) > 15
+    for package in own:
+        assert all(find_spec(module) is not None for module in modules_of(package)), package
+    names = {"pillow": ["PIL"], "scikit-image": ["skimage"], "pytorch-ignite": ["ignite"], "pyyaml": ["yaml"]}
+    assert {package: modules_of(package) for package in names} == names
 
 
 def test_what_is_installed_but_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,24 +21,16 @@ from planted import Proof
 from proof_intensity import PROOFS, STAGES, changed, findings, fusion_run, lesion_run
 
 from pipelines.preflight import CannotRun, Finding, Inspection
+from pipelines.preflight.chains import centred, declared_z_score, steps_of, thinned, without_randomness
+from pipelines.preflight.distributions import CROWD, Distribution, Region, distribution, region
 from pipelines.preflight.intensity import (
-    CROWD,
     RULES,
-    Distribution,
-    Region,
-    centred,
     chain_findings,
     check_scale,
-    declared_z_score,
-    distribution,
-    region,
     region_findings,
     scale_findings,
-    stage_findings,
-    steps_of,
-    thinned,
-    without_randomness,
 )
+from pipelines.preflight.stages import stage_findings
 from transforms import DegradePaird, NormalizeIntensityInMaskd
 
 SCALE, CHAINS, _, REGIONS = (rule.limits for rule in RULES)

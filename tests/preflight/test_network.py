@@ -15,24 +15,11 @@ from pipelines.inference import SamplingInferer
 from pipelines.losses import supervised_loss
 from pipelines.networks import segmentation_network
 from pipelines.preflight import CannotRun, Inspection
-from pipelines.preflight.network import (
-    Learnt,
-    Responses,
-    Trace,
-    check_condition,
-    crop_to,
-    draw_batch,
-    judge_head_weights,
-    judge_learnt,
-    judge_outputs,
-    judge_resolution,
-    judge_responses,
-    judge_steps,
-    responses,
-    smallest_size,
-    trace,
-    wake,
-)
+from pipelines.preflight.condition import Responses, check_condition, judge_responses, responses, wake
+from pipelines.preflight.network import judge_head_weights, judge_outputs, judge_resolution
+from pipelines.preflight.samples import crop_to, draw_batch
+from pipelines.preflight.steps import Learnt, judge_learnt, judge_steps
+from pipelines.preflight.tracing import Trace, smallest_size, trace
 from pipelines.training.phases import Phase
 from transforms.diffusion import NoiseSchedule
 
