@@ -324,6 +324,7 @@ def _add_listen_command(commands: Any) -> None:
     listen.add_argument("--caller", action="append", default=[], help="AE title that may send; repeat for several")
     listen.add_argument("--host", default="127.0.0.1", help="address to bind to (default: this machine only)")
     listen.add_argument("--port", type=int, default=11112)
+    listen.add_argument("--quiet", type=float, default=30.0, metavar="S", help="seconds without an image: complete")
     listen.set_defaults(call=_listen)
 
 
@@ -331,9 +332,11 @@ def _listen(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from pipelines.dicom.detect import require_extra
 
     require_extra()
+    from pipelines.dicom.listener import Limits
     from pipelines.dicom.service import listen
 
-    listen(options.incoming, options.ae_title, options.caller, options.host, options.port)
+    limits = Limits(quiet_s=options.quiet)
+    listen(options.incoming, options.ae_title, options.caller, options.host, options.port, limits)
 
 
 def _demo(options: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -208,6 +208,8 @@ def _image(path: Path, where: str, budget: Budget) -> Image | None:
             if isinstance(raw, RawDataElement) and raw.value is None:  # larger than that: not read
                 check_metadata_size(raw.length, where, budget, "an element of the header")
         if "Rows" not in header:
+            if meta.get("MediaStorageSOPClassUID") in IMAGE_CLASSES:  # the reader takes a cut header for a short one
+                raise KeyError("Rows")
             return None
         for keyword in ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID"):
             if not str(header[keyword].value or ""):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -130,3 +131,63 @@ def write_series(
         # file names as exports have them: the patient's
         pydicom.dcmwrite(folder / f"GRIMSBY_AURELIA_{k:03d}.dcm", image, enforce_file_format=True)
     return folder
+
+
+def write_image(folder: Path, image: nib.Nifti1Image, modality: str, uid: str, change: Change | None = None) -> Path:
+    """Write a NIfTI image (whole numbers; CT in HU) as a series of its own, every voxel where its affine puts it."""
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ image.affine  # RAS to LPS
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    across, down = affine[:3, 0] / sizes[0], affine[:3, 1] / sizes[1]
+
+    def as_series(k: int, header: Dataset) -> None:
+        header.SeriesInstanceUID = uid
+        header.SOPInstanceUID = header.file_meta.MediaStorageSOPInstanceUID = f"{uid}.{k + 1}"
+        if modality == "CT":
+            header.RescaleSlope, header.RescaleIntercept = 1, 0
+        if change is not None:
+            change(k, header)
+
+    voxels = np.rint(image.get_fdata()).astype(int).transpose(2, 1, 0)
+    return write_series(
+        folder, voxels, [*across, *down], step=affine[:3, 2], origin=affine[:3, 3], modality=modality,
+        spacing=(sizes[1], sizes[0]), change=as_series,
+    )  # fmt: skip
+
+
+def spoil(folder: Path, change: Change) -> None:
+    """Change the images of a series that is written, in the order of its slices."""
+    for k, path in enumerate(sorted(folder.iterdir())):
+        image = pydicom.dcmread(path)
+        change(k, image)
+        pydicom.dcmwrite(path, image, enforce_file_format=True)
+
+
+def set_in(which: int | None, **values: object) -> Change:
+    """Return a change that sets attributes of slice ``which`` (None: of all)."""
+
+    def change(k: int, image: Dataset) -> None:
+        for keyword, value in values.items():
+            if which is None or k == which:
+                setattr(image, keyword, value)
+
+    return change
+
+
+def without(*keywords: str) -> Change:
+    """Return a change that takes attributes away."""
+
+    def change(k: int, image: Dataset) -> None:
+        for keyword in keywords:
+            delattr(image, keyword)
+
+    return change
+
+
+def encoded(syntax: str) -> Change:
+    """Return a change that puts bytes of a compressed syntax in the place of the pixels."""
+
+    def change(k: int, image: Dataset) -> None:
+        image.file_meta.TransferSyntaxUID = UID(syntax)
+        image.PixelData = pydicom.encaps.encapsulate([b"\xff\xd8 not looked at \xff\xd9"])
+
+    return change

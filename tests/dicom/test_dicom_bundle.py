@@ -10,8 +10,9 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from bundle_runs import BUNDLE, MODALITIES, import_data, train, write_tiny_data
-from generated_series import NAMES, write_series
+from bundle_runs import BUNDLE, MODALITIES
+from generated_series import NAMES
+from lesion_study import OPTIONS, study_of
 from pydicom.dataset import Dataset
 from pynetdicom import AE, evt
 
@@ -24,38 +25,6 @@ from pipelines.dicom.segmentation import labels_of_segmentation
 from pipelines.dicom.series import find_series
 from pipelines.dicom.volume import read_volume
 from transforms.errors import DataError, UsageError
-
-OPTIONS = {"run_name": "r", "device_name": "cpu"}
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the run ``r`` in ``runs`` and the tiny cohort in ``data``."""
-    folder = tmp_path_factory.mktemp("trained")
-    write_tiny_data(folder / "data")
-    assert import_data(folder / "data") == 0
-    assert train(folder / "data") == 0
-    return folder
-
-
-def study_of(cohort: Path, folder: Path, subject: str = "c") -> Path:
-    """Write a subject's NIfTI as a DICOM study with a series per modality, on the same grid."""
-    for number, modality in enumerate(MODALITIES, start=1):
-        image = nib.load(cohort / subject / f"{modality}.nii.gz")
-        voxels = np.rint(image.get_fdata()).astype(int)
-
-        def change(k: int, header: Dataset, number: int = number, modality: str = modality) -> None:
-            header.SeriesInstanceUID = f"1.2.5.{number}"
-            header.SOPInstanceUID = header.file_meta.MediaStorageSOPInstanceUID = f"1.2.5.{number}.{k + 1}"
-            header.SeriesDescription = f"ax {modality} for Grimsby"
-
-        # RAS (x, y, z) of 3 mm: rows of the slices run to the patient's right and front
-        orientation = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0)
-        write_series(
-            folder / f"Grimsby {modality}", voxels.transpose(2, 1, 0), orientation, 3.0, (0.0, 0.0, 0.0),
-            modality="MR", spacing=(3.0, 3.0), change=change,
-        )  # fmt: skip
-    return folder
 
 
 def test_a_study_becomes_what_the_same_images_as_nifti_become(

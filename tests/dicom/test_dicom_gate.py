@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import highdicom
@@ -19,8 +18,12 @@ from generated_series import (
     NAMES,
     SAGITTAL,
     SERIES,
+    Change,
+    encoded,
     header,
+    set_in,
     stored_pixels,
+    without,
     write_series,
 )
 from hypothesis import given, settings
@@ -45,46 +48,17 @@ from pipelines.dicom.series import find_series, line_of
 from pipelines.dicom.volume import Volume, read_volume
 from transforms.errors import DataError, FiducialError, UsageError
 
-Spoil = Callable[[int, Dataset], None]
-
 
 def volume_of(folder: Path, allow_resampling: bool = False) -> Volume:
     (series,) = find_series(folder, folder.parent / "work").series
     return read_volume(series, allow_resampling)
 
 
-def set_in(which: int | None, **values: object) -> Spoil:
-    """Return a change that sets attributes of slice ``which`` (None: of all)."""
-
-    def change(k: int, image: Dataset) -> None:
-        for keyword, value in values.items():
-            if which is None or k == which:
-                setattr(image, keyword, value)
-
-    return change
-
-
-def heights(*z: float) -> Spoil:
+def heights(*z: float) -> Change:
     """Return a change that puts slice k of an axial series at height ``z[k]``."""
 
     def change(k: int, image: Dataset) -> None:
         image.ImagePositionPatient = [-10.0, 20.0, z[k]]
-
-    return change
-
-
-def without(*keywords: str) -> Spoil:
-    def change(k: int, image: Dataset) -> None:
-        for keyword in keywords:
-            delattr(image, keyword)
-
-    return change
-
-
-def encoded(syntax: str) -> Spoil:
-    def change(k: int, image: Dataset) -> None:
-        image.file_meta.TransferSyntaxUID = UID(syntax)
-        image.PixelData = pydicom.encaps.encapsulate([b"\xff\xd8 not looked at \xff\xd9"])
 
     return change
 
@@ -115,7 +89,7 @@ def cut_pixels(k: int, image: Dataset) -> None:
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 TURNED = [1, 0, 0, 0, round(np.cos(0.1), 9), round(np.sin(0.1), 9)]
 POSITION = [-10.0, 20.0, 36.0]  # of slice 2
-PLANTED_DEFECTS: dict[str, tuple[str, Spoil, str]] = {
+PLANTED_DEFECTS: dict[str, tuple[str, Change, str]] = {
     # defect: which of DEFECTS, what is done to five slices of 3 mm, a part of the reason
     "gap": ("missing slice", heights(30, 33, 36, 42, 45), "1 missing; 6 mm between image 3 and image 4"),
     "last far": ("missing slice", heights(30, 33, 36, 39, 48), "2 missing; 9 mm between image 4 and image 5"),
@@ -225,6 +199,15 @@ def test_retired_and_deflated_syntaxes_are_refused_before_anything_is_inflated(s
     with pytest.raises(DataError, match="compressed pixels") as refused:
         find_series(tmp_path / "in", tmp_path / "work")
     assert UID(syntax).name in refused.value.why
+
+
+@pytest.mark.parametrize("which", [0, 4])
+def test_a_header_that_is_cut_at_an_end_of_the_stack_is_no_shorter_stack(which: int, tmp_path: Path) -> None:
+    """The reader stops where the file does: without its matrix the slice would be passed over as no image."""
+    path = sorted(write_series(tmp_path / "in").iterdir())[which]
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(DataError, match="broken file"):
+        as_case_folders(tmp_path / "in", ["ct"], tmp_path / "work")
 
 
 def test_bytes_cut_or_overwritten_are_a_refusal_and_never_a_traceback(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import socket
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +138,30 @@ def test_a_flood_is_cut_off_and_the_listener_goes_on(limits: dict[str, float], s
 
 def _other_study(k: int, image: Dataset) -> None:
     image.StudyInstanceUID = "1.2.3.4.77"
+
+
+def test_a_message_that_announces_gigabytes_is_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its length stands before the titles: anybody who reaches the port can announce 4 GB."""
+    with listener(tmp_path / "in") as receiver, socket.create_connection(("127.0.0.1", receiver.port)) as stranger:
+        stranger.settimeout(15)
+        stranger.sendall(struct.pack(">BBL", 0x01, 0, 0xFFFFFFF0))
+        sent, block = 0, bytes(2**20)
+        with contextlib.suppress(OSError):  # the connection is gone
+            while sent < 2**28:
+                sent += stranger.send(block)
+        assert sent < 2**26  # what the buffers of the system hold, and not what was announced
+        sound = associate(receiver.port)
+        assert sound.is_established
+        sound.release()
+    assert "a message unit of 4294967280 bytes" in caplog.text
+
+
+def test_an_image_that_was_half_written_when_the_listener_died_is_not_handed_over(tmp_path: Path) -> None:
+    study = write_series(tmp_path / "in" / ".receiving" / "0123abcd")
+    (study / f".a.dcm.{'0' * 32}.tmp").write_bytes(next(study.iterdir()).read_bytes()[:300])
+    with listener(tmp_path / "in"):
+        assert until(lambda: len(studies(tmp_path / "in")) == 1)
+    assert len(list(studies(tmp_path / "in")[0].iterdir())) == 5
 
 
 def test_too_many_images_or_too_little_disk_is_said_to_the_sender(tmp_path: Path) -> None:

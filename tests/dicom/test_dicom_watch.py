@@ -100,6 +100,26 @@ def test_the_same_study_again_is_not_done_again(tmp_path: Path) -> None:
     assert len(list((tmp_path / "in" / "done").iterdir())) == 2  # nothing of a patient is thrown away
 
 
+def test_results_of_another_bundle_do_not_count_as_done(tmp_path: Path) -> None:
+    def watcher(**maker: object) -> FolderWatcher:
+        return FolderWatcher(tmp_path / "in", tmp_path / "out", gate, QUICK, maker)
+
+    watcher(bundle="a", weights=["12"])
+    watcher(bundle="a", weights=["12"])  # the same again
+    with pytest.raises(UsageError, match="with another weights") as refused:
+        watcher(bundle="a", weights=["34"])
+    assert "['12'] before, now ['34']" in refused.value.why
+
+
+def test_links_in_a_study_are_not_followed(tmp_path: Path) -> None:
+    study = write_series(tmp_path / "study")
+    before = content_key(study)
+    (tmp_path / "elsewhere").write_text("not of this study")
+    (study / "link").symlink_to(tmp_path / "elsewhere")
+    (study / "loop").symlink_to(study)
+    assert content_key(study) == before
+
+
 def test_a_study_is_left_alone_while_it_grows_or_is_marked_as_unfinished(tmp_path: Path) -> None:
     incoming = tmp_path / "in"
     patience = Patience(settle_s=0.6, poll_s=0.05, attempts=1)
