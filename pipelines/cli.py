@@ -11,6 +11,9 @@ fiducial train brain_lesion_mri_segmentation --manifest cohort.json --resume Tru
 fiducial train brain_lesion_mri_segmentation --manifest cohort.json --folds 5 --run_name cv
 fiducial predict brain_lesion_mri_segmentation -i scans/ -o masks/ --ensemble cv --uncertainty True
 fiducial watch incoming/ results/ --bundle brain_lesion_mri_segmentation
+fiducial export runs/brain_lesion_mri_segmentation/first -o lesion.zip --key ~/.ssh/id_ed25519
+fiducial verify lesion.zip --allowed_signers signers --unpack lesion/
+fiducial selftest lesion/ --allowed_signers signers
 """
 
 from __future__ import annotations
@@ -79,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_check_command(commands)
     add_manifest_commands(commands)
     _add_report_command(commands)
+    _add_export_command(commands)
+    _add_verify_command(commands)
+    _add_selftest_command(commands)
     _add_landmarks_command(commands)
     _add_find_rate_command(commands)
     _add_replay_command(commands)
@@ -193,6 +199,72 @@ def _report(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from pipelines.reports import write_report
 
     print(write_report(options.runs, options.output))
+
+
+def _add_export_command(commands: Any) -> None:
+    export = commands.add_parser(
+        "export",
+        help="a trained run as one signed archive: weights, configuration, card, locks, golden case",
+        description="further --key value pairs override the options of the bundle's configs/export.yaml",
+    )
+    export.add_argument("run", metavar="RUN", help="a run's folder")
+    export.add_argument("-o", "--output", required=True, help="NAME.zip; the folder NAME appears beside it")
+    export.add_argument("--key", default="", help="OpenSSH key to sign with")
+    export.set_defaults(call=_export, takes_overrides=True)
+
+
+def _export(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from pipelines.export.source import bundle_of
+    from pipelines.runner import absolute, run_bundle
+
+    named = {"run_folder": absolute(options.run), "output": absolute(options.output)}
+    if options.key:
+        named["key"] = absolute(options.key)
+    run_bundle(bundle_of(named["run_folder"]), "export", {**overrides_of(rest), **named})
+
+
+def _add_trust_options(command: Any) -> None:
+    command.add_argument(
+        "bundle", metavar="BUNDLE", help="an exported archive, or the folder that was unpacked from it"
+    )
+    command.add_argument("--allowed_signers", help="OpenSSH's list of who may sign; without it any signature will do")
+    command.add_argument("--unsigned", action="store_true", help="accept a bundle that nobody has signed")
+
+
+def _add_verify_command(commands: Any) -> None:
+    verify = commands.add_parser("verify", help="signature, hashes and a scan of an export, before anything of it runs")
+    _add_trust_options(verify)
+    verify.add_argument("--unpack", metavar="FOLDER", help="write its files there once it has passed")
+    verify.set_defaults(call=_verify)
+
+
+def _verify(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from pipelines.export.package import unpack
+    from pipelines.export.verify import verify
+
+    verified = verify(options.bundle, options.allowed_signers, options.unsigned)
+    print(f"{options.bundle}: {len(verified.files)} files, signed by {verified.signer or 'nobody'}")
+    if options.unpack:
+        print(f"unpacked to {unpack(verified.files, options.unpack)}")
+
+
+def _add_selftest_command(commands: Any) -> None:
+    selftest = commands.add_parser(
+        "selftest", help="verify an export, then run its golden case: does this copy compute what the original did?"
+    )
+    _add_trust_options(selftest)
+    selftest.add_argument(
+        "--backend", action="append", default=[], help="to test; default: every one that is installed"
+    )
+    selftest.set_defaults(call=_selftest)
+
+
+def _selftest(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from pipelines.export.selftest import refuse_failed, selftest, table_of
+
+    tested = selftest(options.bundle, options.backend, options.allowed_signers, options.unsigned)
+    print(table_of(tested))
+    refuse_failed(tested, options.bundle)
 
 
 def _add_landmarks_command(commands: Any) -> None:

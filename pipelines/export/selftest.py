@@ -1,0 +1,109 @@
+"""Does this copy compute what the original computed? The golden case through the whole chain, backend by backend."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from pipelines.export.golden import CASE, FOLDER, beyond, differences, read_golden, run_golden
+from pipelines.export.package import unpack
+from pipelines.export.verify import verify
+from pipelines.names import nearest
+from transforms.errors import BundleError, UsageError
+
+NEEDS = {"torch": "torch", "pt2": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What became of a backend: ``passed``, ``failed`` or ``not run``, with the reason; figures as ``differences``."""
+
+    backend: str
+    status: str
+    reason: str
+    figures: Mapping[str, float]
+
+
+def selftest(
+    bundle: str | Path,
+    backends: Sequence[str] = (),
+    allowed_signers: str | Path | None = None,
+    unsigned: bool = False,
+) -> list[Tested]:
+    """Verify a bundle, then run its golden case; nothing is downloaded.
+
+    Args:
+        bundle: the archive, or the folder that was unpacked from it.
+        backends: to test; empty = every one that is installed.
+        allowed_signers, unsigned: see ``verify``.
+
+    Raises:
+        DataError: the bundle does not pass ``verify``.
+        UsageError: no such backend, or one that was asked for is not installed.
+    """
+    verified = verify(bundle, allowed_signers, unsigned)
+    with tempfile.TemporaryDirectory() as scratch:
+        return run_backends(unpack(verified.files, Path(scratch, "bundle")), backends)
+
+
+def run_backends(folder: Path, backends: Sequence[str] = ()) -> list[Tested]:
+    """Run the golden case of an unpacked bundle; see ``selftest``."""
+    expected, tolerances = read_golden(folder)
+    available = backends_of(folder)
+    for backend in backends:
+        if backend not in tolerances:
+            raise UsageError(
+                f"backend {backend!r}", "the bundle has no golden case for it", nearest(backend, tolerances)
+            )
+        if available.get(backend):
+            raise UsageError(f"backend {backend}: cannot be tested", available[backend], "install it, or leave it out")
+    tested = []
+    for backend in backends or [name for name in tolerances if name in available]:
+        if available[backend]:
+            tested.append(Tested(backend, "not run", available[backend], {}))
+            continue
+        chosen = {} if backend == "torch" and not _chooses_backend(folder) else {"backend": backend}
+        found = run_golden(folder, folder / FOLDER / "input" / CASE, chosen)
+        figures = differences(expected, found)
+        wrong = beyond(figures, expected, tolerances[backend])
+        tested.append(Tested(backend, "failed" if wrong else "passed", "; ".join(wrong), figures))
+    return tested
+
+
+def backends_of(folder: Path) -> dict[str, str]:
+    """Return the backends that a bundle can be run by, each with what is missing here (empty = nothing)."""
+    known = [*NEEDS] if _chooses_backend(folder) else ["torch"]
+    return {name: "" if importlib.util.find_spec(NEEDS[name]) else f"{NEEDS[name]} is not installed" for name in known}
+
+
+def refuse_failed(tested: Sequence[Tested], bundle: str | Path) -> None:
+    """Raise where a backend has failed.
+
+    Raises:
+        BundleError: names the backends and by how much they differ.
+    """
+    failed = [each for each in tested if each.status == "failed"]
+    if failed:
+        raise BundleError(
+            f"selftest of {Path(bundle).name}: {', '.join(each.backend for each in failed)} failed",
+            "; ".join(f"{each.backend}: {each.reason}" for each in failed),
+            "do not use it here: install from the bundle's lock, and fetch the bundle again from its maker",
+        )
+
+
+def table_of(tested: Sequence[Tested]) -> str:
+    """Return what became of every backend, a line each."""
+    lines = []
+    for each in tested:
+        figures = ", ".join(f"{name} {value:.2g}" for name, value in each.figures.items())
+        lines.append(f"{each.backend:12} {each.status:8} {figures or each.reason}")
+    return "\n".join(lines)
+
+
+def _chooses_backend(folder: Path) -> bool:
+    return "backend" in yaml.safe_load((folder / "configs" / "inference.yaml").read_text())
