@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipelines.reports.charts import distribution, training_charts
+from pipelines.reports.findings import findings_panel
 from pipelines.reports.gallery import DIFFERENCES, PANEL_PX, PANELS, PlanePicture
 from pipelines.reports.paired import paired_panel
 from pipelines.reports.panels import Panel, panel_of
@@ -132,6 +133,8 @@ def record_rows(record: Mapping[str, Any], summary: Mapping[str, Any] | None) ->
 def _context(number: int, run: Shown) -> dict[str, Any]:
     data = run.data
     panels, notes = _panels(data)
+    findings, noted = _findings(data)
+    notes += noted
     ranks = {entry.case: entry.rank for entry in run.gallery}
     shown = list(data.rows)
     if len(shown) > MOST_ROWS:
@@ -155,7 +158,7 @@ def _context(number: int, run: Shown) -> dict[str, Any]:
         "panels": panels,
         "record": record_rows(data.record, data.summary),
         "resumed": [_resumed(entry) for entry in data.record.get("resumed", [])],
-        "preflight": panel_of("preflight", data.record["preflight"]) if "preflight" in data.record else None,
+        "findings": findings,
         "notes": [*data.notes, *run.notes, *notes],
     }
 
@@ -168,6 +171,14 @@ def _panels(data: RunData) -> tuple[list[Panel], list[str]]:
         except (KeyError, TypeError, ValueError, AttributeError) as problem:
             notes.append(f"{name}.json is not a panel as it should be ({type(problem).__name__}: {problem}).")
     return panels, notes
+
+
+def _findings(data: RunData) -> tuple[Panel | None, list[str]]:
+    try:
+        content = findings_panel(data.record)
+        return None if content is None else panel_of("findings", content), []
+    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        return None, [f"The findings in record.json cannot be shown ({type(problem).__name__}: {problem})."]
 
 
 def _resumed(entry: Mapping[str, Any]) -> str:
