@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export_command(commands)
     _add_verify_command(commands)
     _add_selftest_command(commands)
+    _add_state_dict_command(commands)
     _add_landmarks_command(commands)
     _add_find_rate_command(commands)
     _add_replay_command(commands)
@@ -265,6 +266,19 @@ def _selftest(options: argparse.Namespace, rest: Sequence[str]) -> None:
     tested = selftest(options.bundle, options.backend, options.allowed_signers, options.unsigned)
     print(table_of(tested))
     refuse_failed(tested, options.bundle)
+
+
+def _add_state_dict_command(commands: Any) -> None:
+    state_dict = commands.add_parser("state-dict", help="the weights of an unpacked export for MONAI's ckpt_export")
+    state_dict.add_argument("bundle", metavar="FOLDER", help="an unpacked export")
+    state_dict.add_argument("-o", "--output", required=True, help="the file to write, by torch.save")
+    state_dict.set_defaults(call=_state_dict)
+
+
+def _state_dict(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    from pipelines.export.state_dict import write_state_dict
+
+    print(write_state_dict(options.bundle, options.output))
 
 
 def _add_landmarks_command(commands: Any) -> None:
