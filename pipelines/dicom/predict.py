@@ -98,6 +98,8 @@ def predict_dicom(
     Raises:
         FiducialError: as ``as_case_folders``, the bundle and ``write_back``.
     """
+    for library in ("highdicom", "pydicom"):
+        logging.getLogger(library).setLevel(logging.ERROR)  # they tell every module that they copy
     contract, options = request.contract, request.options
     with tempfile.TemporaryDirectory(prefix="fiducial-", dir=scratch) as temporary:
         work = Path(temporary)

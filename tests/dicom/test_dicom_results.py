@@ -6,6 +6,7 @@ import datetime
 import io
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 from generated_series import CORONAL, NAMES, PLANTED, SAGITTAL, SERIES, STUDY, Change, stored_pixels, write_series
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydicom.datadict import DicomDictionary
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
 
@@ -305,6 +307,46 @@ def test_nobody_is_named_in_anything_that_is_written_logged_or_raised(
     assert set(NAMES) - {"20210309"} <= set(cases.names)  # they were there to be found
     planted = next((tmp_path / "in").iterdir()).read_bytes()
     assert names_found(planted, NAMES) == sorted(NAMES)
+
+
+def test_no_text_of_any_attribute_leaves(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A word in every attribute of the data dictionary that takes a text: no result, line, log or refusal has one."""
+    words = {
+        keyword: f"Zz{number}Qx"
+        for number, (tag, (representation, _, _, retired, keyword)) in enumerate(sorted(DicomDictionary.items()))
+        if tag >> 16 > 2  # not of messages and file headers
+        and representation in {"PN", "LO", "SH", "ST", "LT", "UT", "UC"}
+        and keyword
+        and not retired
+    }
+
+    def change(k: int, image: Dataset) -> None:
+        for keyword, word in words.items():
+            setattr(image, keyword, word)
+        image.RescaleType = "HU"
+
+    assert len(words) > 600
+    (tmp_path / "out").mkdir()
+    folder = write_series(tmp_path / "in", change=change)
+    assert b"Zz" in next(folder.iterdir()).read_bytes()
+    with caplog.at_level(logging.DEBUG):
+        caplog.clear()
+        cases, written = everything(folder, tmp_path / "out")
+        spoiled = write_series(tmp_path / "spoiled", step=(0.0, 1.0, 3.0), change=change)
+        with pytest.raises(DataError) as refused:
+            as_case_folders(spoiled, ["ct"], tmp_path / "work")
+    contents = [path.read_bytes() if path.suffix != ".gz" else nib.load(path).to_bytes() for path in written]
+    contents += [nib.load(path).to_bytes() for path in cases.folder.rglob("*.nii.gz")]
+    said = caplog.text + "".join(capfd.readouterr()) + "\n".join(cases.lines) + str(refused.value)
+    assert not [content for content in (*contents, said.encode()) if re.search(rb"zz\d+qx", content.lower())]
+    assert len(contents) == 5
+    # with identity, these and no others
+    (tmp_path / "kept").mkdir()
+    _, written = everything(folder, tmp_path / "kept", Origin("bundle", keep_identity=True))
+    found = {word for path in written for word in re.findall(r"Zz\d+Qx", path.read_bytes().decode("latin-1"))}
+    assert found == {words[k] for k in IDENTITY if k in words}
 
 
 def test_identity_is_kept_when_it_is_asked_for_and_nothing_else_of_the_source(tmp_path: Path) -> None:
