@@ -34,7 +34,7 @@ from transforms.errors import BundleError, UsageError
 if TYPE_CHECKING:
     import onnx
 
-FILES = {"pt2": "model.pt2", "onnx": "model.onnx", "torchscript": "model.ts"}
+FILES = {"pt2": "model.pt2", "onnx": "model.onnx", "ts": "model.ts"}
 """File of each format, named as MONAI's bundles name them in ``models/``."""
 INPUT, OUTPUT = "image", "output"
 OPSET = 20
@@ -96,12 +96,42 @@ def write_formats(
                 content["pt2"] = _refusing("pt2", lambda: _pt2_bytes(program))
             if "onnx" in asked:
                 content["onnx"] = _refusing("onnx", lambda: _onnx_bytes(program))
-        if "torchscript" in asked:
-            content["torchscript"] = _refusing("torchscript", lambda: _torchscript_bytes(graph, example))
+        if "ts" in asked:
+            content["ts"] = _refusing("ts", lambda: _torchscript_bytes(graph, example))
     paths = {name: Path(folder) / FILES[name] for name in FILES if name in content}
     for name, path in paths.items():
         write_atomically(path, content[name])
     return paths
+
+
+def write_formats_of(
+    bundle: str | Path, weights: str | Path, folder: str | Path = "", formats: Sequence[str] = ()
+) -> dict[str, Path]:
+    """Write the formats of trained weights, the network built by the bundle from their contract.
+
+    Args:
+        bundle: its folder, or the name of one in this repository.
+        weights: safetensors with a contract.
+        folder: where the files go; empty = beside the weights, where ``fiducial predict`` finds them.
+        formats: of ``FILES``; () = all.
+
+    Raises:
+        BundleError, UsageError, ResourceError: as ``write_formats``, or the weights are not the bundle's.
+    """
+    from pipelines.runner import absolute, bundle_parser
+    from pipelines.training.checkpoints import load_weights, read_contract
+
+    weights = Path(absolute(weights))
+    target = absolute(folder) if folder else weights.parent
+    contract = read_contract(weights)
+    with bundle_parser(str(bundle), "inference", {"checkpoint": str(weights), "device_name": "cpu"}) as parser:
+        network = load_weights(parser.get_parsed_content("network_def"), weights)
+    return write_formats(network, input_channels(contract), contract["patch_size"], target, formats)
+
+
+def input_channels(contract: Mapping[str, Any]) -> int:
+    """Return the channels of the input: the modalities; of a denoiser MRI, windows of the CT, guess, x_t and t."""
+    return len(contract["windows"]) + 4 if "schedule" in contract else len(contract["modalities"])
 
 
 def input_divisor(network: nn.Module, axes: int) -> tuple[int, ...] | None:

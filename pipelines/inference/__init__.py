@@ -1,5 +1,6 @@
 """From trained networks to a prediction: how windows are run and what is done to the label map afterwards."""
 
+from pipelines.inference.backends import ExportedNetwork, exported_network, open_backend
 from pipelines.inference.components import RemoveSmallComponents, RemoveSmallComponentsd, remove_small_components
 from pipelines.inference.ensemble import EnsembleInferer, SplitUncertaintyd, predictive_entropy
 from pipelines.inference.fusion_output import SaveFusion
@@ -10,6 +11,7 @@ from pipelines.inference.sampling import SamplingInferer, ddim_step, distance_to
 __all__ = [
     "AutocastInferer",
     "EnsembleInferer",
+    "ExportedNetwork",
     "FlipAveragingInferer",
     "RemoveSmallComponents",
     "RemoveSmallComponentsd",
@@ -20,6 +22,8 @@ __all__ = [
     "choose_precision",
     "ddim_step",
     "distance_to_guess",
+    "exported_network",
+    "open_backend",
     "predictive_entropy",
     "remove_small_components",
     "sampling_times",
