@@ -34,7 +34,7 @@ from transforms.errors import BundleError, UsageError
 if TYPE_CHECKING:
     import onnx
 
-FILES = {"pt2": "model.pt2", "onnx": "model.onnx", "ts": "model.ts"}
+FILES = {"pt2": "model.pt2", "onnx": "model.onnx", "torchscript": "model.ts"}
 """File of each format, named as MONAI's bundles name them in ``models/``."""
 INPUT, OUTPUT = "image", "output"
 OPSET = 20
@@ -96,8 +96,8 @@ def write_formats(
                 content["pt2"] = _refusing("pt2", lambda: _pt2_bytes(program))
             if "onnx" in asked:
                 content["onnx"] = _refusing("onnx", lambda: _onnx_bytes(program))
-        if "ts" in asked:
-            content["ts"] = _refusing("ts", lambda: _torchscript_bytes(graph, example))
+        if "torchscript" in asked:
+            content["torchscript"] = _refusing("torchscript", lambda: _torchscript_bytes(graph, example))
     paths = {name: Path(folder) / FILES[name] for name in FILES if name in content}
     for name, path in paths.items():
         write_atomically(path, content[name])

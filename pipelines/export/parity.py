@@ -25,7 +25,7 @@ from pipelines.inference.backends import FILE_OF, PARITY, not_installed, open_ba
 from pipelines.manifests.digest import file_digest
 from transforms.errors import BundleError
 
-BACKENDS = ("pt2", "ts", "onnxruntime", "openvino", "openvino:bf16")
+BACKENDS = ("pt2", "torchscript", "onnxruntime", "openvino", "openvino:bf16")
 MAY_FAIL = frozenset(["openvino:bf16"])
 """Reduced precision is a bonus: where it does not pass it is not used, and the export stands."""
 

@@ -25,7 +25,7 @@ from transforms.errors import BundleError, UsageError
 
 logger = logging.getLogger(__name__)
 
-FILE_OF = {"pt2": "model.pt2", "ts": "model.ts", "onnxruntime": "model.onnx", "openvino": "model.onnx"}
+FILE_OF = {"pt2": "model.pt2", "torchscript": "model.ts", "onnxruntime": "model.onnx", "openvino": "model.onnx"}
 """What each backend reads from the folder of the weights. ``torch`` reads the weights themselves."""
 PARITY = "parity.json"
 FASTEST_FIRST = {"bf16": ("openvino:bf16", "openvino"), "fp32": ("openvino", "onnxruntime")}
@@ -78,7 +78,7 @@ def open_backend(name: str, folder: str | Path, threads: int | None = None) -> E
     """Open an exported network.
 
     Args:
-        name: ``pt2`` (PyTorch, bit for bit the original), ``ts`` (TorchScript, for older runtimes), ``onnxruntime``,
+        name: ``pt2`` (PyTorch, bit for bit the original), ``torchscript`` (for older runtimes), ``onnxruntime``,
             ``openvino`` (float32), ``openvino:bf16``.
         folder: holds the file, see ``FILE_OF``.
         threads: of ONNX Runtime and OpenVINO; None = as many as PyTorch uses here.
@@ -103,7 +103,7 @@ def open_backend(name: str, folder: str | Path, threads: int | None = None) -> E
     count = threads or torch.get_num_threads()
     openers: dict[str, Callable[[], Run]] = {
         "pt2": lambda: _pt2(path),
-        "ts": lambda: _torchscript(path),
+        "torchscript": lambda: _torchscript(path),
         "onnxruntime": lambda: _onnxruntime(path, count),
         "openvino": lambda: _openvino(path, count, precision or "fp32"),
     }

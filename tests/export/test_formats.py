@@ -58,11 +58,11 @@ def images(kind: str, channels: int, patch: list[int]) -> list[torch.Tensor]:
 def test_pt2_and_torchscript_are_the_network_bit_for_bit(kind: str, tmp_path: Path) -> None:
     network, channels, patch = network_of(kind)
     network.train()
-    files = write_formats(network, channels, patch, tmp_path, ["ts", "pt2"])
-    assert {name: path.name for name, path in files.items()} == {"pt2": "model.pt2", "ts": "model.ts"}
+    files = write_formats(network, channels, patch, tmp_path, ["torchscript", "pt2"])
+    assert {name: path.name for name, path in files.items()} == {"pt2": "model.pt2", "torchscript": "model.ts"}
     assert network.training
     network.eval()
-    program, script = torch.export.load(files["pt2"]).module(), torch.jit.load(files["ts"])
+    program, script = torch.export.load(files["pt2"]).module(), torch.jit.load(files["torchscript"])
     for image in images(kind, channels, patch):
         with torch.no_grad():
             expected = network(image)
@@ -111,7 +111,7 @@ write_formats(network, channels, patch, {folder!r}, {formats!r})
 def test_equal_weights_are_equal_bytes_in_another_process(tmp_path: Path) -> None:
     """Another order of dictionaries, another working directory, and other classes traced before."""
     onnx = [] if needs_onnx.args[0] else ["onnx"]
-    formats = ["pt2", "ts", *onnx]
+    formats = ["pt2", "torchscript", *onnx]
     network, channels, patch = network_of("2.5d")
     here = write_formats(network, channels, patch, tmp_path / "here", formats)
     code = WRITE.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "there"), formats=formats)
@@ -122,14 +122,14 @@ def test_equal_weights_are_equal_bytes_in_another_process(tmp_path: Path) -> Non
 
 def test_nothing_of_this_machine_is_in_a_file_and_other_weights_are_other_bytes(tmp_path: Path) -> None:
     network, channels, patch = network_of("3d")
-    formats = ["pt2", "ts"] if needs_onnx.args[0] else []
+    formats = ["pt2", "torchscript"] if needs_onnx.args[0] else []
     files = write_formats(network, channels, patch, tmp_path / "a", formats)
     places = [str(Path(__file__).parents[2]), str(Path(torch.__file__).parents[1]), "site-packages", str(tmp_path)]
     for path in files.values():
         content = path.read_bytes()
         assert [place for place in places if place.encode() in content] == []
     next(network.parameters()).data.flatten()[0] += 1
-    others = write_formats(network, channels, patch, tmp_path / "b", ["pt2", "ts"])
+    others = write_formats(network, channels, patch, tmp_path / "b", ["pt2", "torchscript"])
     assert all(path.read_bytes() != files[name].read_bytes() for name, path in others.items())
 
 

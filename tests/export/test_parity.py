@@ -138,10 +138,10 @@ def test_responses_that_are_not_finite_do_not_pass(evaluator: SupervisedEvaluato
 
 
 def test_a_bundle_without_labels_is_gated_by_its_images(evaluator: SupervisedEvaluator) -> None:
-    record = measure_parity(evaluator, network(), {"pt2": network(), "ts": perturbed(0.05)}, labelled=False)
+    record = measure_parity(evaluator, network(), {"pt2": network(), "torchscript": perturbed(0.05)}, labelled=False)
     assert record["backends"]["pt2"]["passed"]
-    assert "dice_difference" not in record["backends"]["ts"]
-    assert "max_difference" in record["backends"]["ts"]["reason"]
+    assert "dice_difference" not in record["backends"]["torchscript"]
+    assert "max_difference" in record["backends"]["torchscript"]["reason"]
 
 
 def test_responses_are_those_of_the_chain(evaluator: SupervisedEvaluator) -> None:

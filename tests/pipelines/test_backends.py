@@ -27,12 +27,12 @@ SIZE = (8, 6, 4)
 
 def needing(backend: str) -> Any:
     """Mark a case of a parametrised test: it is skipped, with the reason, where the backend is not installed."""
-    packages = {"pt2": set(), "ts": set(), "onnxruntime": {"onnx", "onnxruntime"}}
+    packages = {"pt2": set(), "torchscript": set(), "onnxruntime": {"onnx", "onnxruntime"}}
     missing = packages.get(backend, {"onnx", "openvino"}) - INSTALLED
     return pytest.param(backend, marks=pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}"))
 
 
-EVERY = [needing(name) for name in ("pt2", "ts", "onnxruntime", "openvino")]
+EVERY = [needing(name) for name in ("pt2", "torchscript", "onnxruntime", "openvino")]
 
 
 def convolution() -> nn.Conv3d:
@@ -61,7 +61,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with something that stands for weights, and the convolution in every format."""
     folder = tmp_path_factory.mktemp("models")
     (folder / "best.safetensors").write_bytes(b"weights")
-    write_formats(convolution(), 2, SIZE, folder, ["pt2", "ts"])
+    write_formats(convolution(), 2, SIZE, folder, ["pt2", "torchscript"])
     (folder / "model.onnx").write_bytes(onnx_of(convolution()) if "onnx" in INSTALLED else b"onnx")
     return folder
 
@@ -73,7 +73,7 @@ def with_parity(exported: Path, tmp_path: Path) -> Callable[..., Path]:
     def write(**backends: Any) -> Path:
         for path in exported.iterdir():
             (tmp_path / path.name).write_bytes(path.read_bytes())
-        passed = {name: {"passed": True} for name in ("pt2", "ts", "onnxruntime", "openvino", "openvino:bf16")}
+        passed = {name: {"passed": True} for name in ("pt2", "torchscript", "onnxruntime", "openvino", "openvino:bf16")}
         measured = {**passed, **{name.replace("__", ":"): value for name, value in backends.items()}}
         files = {path.name: file_digest(path) for path in exported.iterdir()}
         (tmp_path / PARITY).write_text(json.dumps({"backends": measured, "files": files}))
