@@ -94,4 +94,4 @@ def _norm(values: torch.Tensor) -> float:
     return float(values.double().norm())
 
 
-RULES: tuple[Rule, ...] = (Rule("R45", "arithmetic", check_arithmetic, {"gradient": 0.5}, when="smoke"),)
+RULES: tuple[Rule, ...] = (Rule("R45", "arithmetic", check_arithmetic, {"gradient": 0.5}),)

@@ -148,7 +148,7 @@ def build_network(config: Mapping[str, Any], contract: Mapping[str, Any]) -> nn.
     named = [key for key in ("network_def", "network") if isinstance(config.get(key), Mapping)]
     if not named:
         raise CannotRun("the configuration has no network_def")
-    parser = ConfigParser({**config, "contract": dict(contract)})
+    parser = ConfigParser(copy.deepcopy({**config, "contract": dict(contract)}))
     with own_draws():
         return parser.get_parsed_content(named[0])
 

@@ -149,6 +149,4 @@ def wake(network: nn.Module) -> _Awake:
     return _Awake(network)
 
 
-RULES: tuple[Rule, ...] = (
-    Rule("R22", "condition and noise", check_condition, {"change": 0.01}, when="smoke", tasks=("fusion",)),
-)
+RULES: tuple[Rule, ...] = (Rule("R22", "condition and noise", check_condition, {"change": 0.01}, tasks=("fusion",)),)

@@ -24,10 +24,13 @@ def segments(wavenumbers: np.ndarray, step: float = 1.5) -> list[slice]:
 
     Args:
         wavenumbers: (C,) in cm^-1, rising or falling.
-        step: a distance above so many medians is a cut.
+        step: a distance above so many medians is a cut, and so is a step the other way, as between two spectrometers.
     """
-    distances = np.abs(np.diff(wavenumbers))
-    cuts = (np.flatnonzero(distances > step * np.median(distances)) + 1).tolist() if len(distances) else []
+    steps = np.diff(wavenumbers)
+    cuts: list[int] = []
+    if len(steps):
+        typical = float(np.median(steps))
+        cuts = (np.flatnonzero((np.abs(steps) > step * abs(typical)) | (steps * typical <= 0)) + 1).tolist()
     return [slice(start, stop) for start, stop in zip([0, *cuts], [*cuts, len(wavenumbers)], strict=True)]
 
 

@@ -20,6 +20,7 @@ from pipelines.preflight import Finding, Inspection, Rule, condition, network, s
 from pipelines.runner import bundle_parser
 
 SPACING = [4.0, 4.0, 4.0]
+STEPS, LEARNT = "every step runs", "one batch is learnt"
 RULES: tuple[Rule, ...] = (*network.RULES, *steps.RULES, *condition.RULES)
 
 
@@ -152,6 +153,17 @@ class Detached(nn.Module):
         return self.network(x).detach()
 
 
+class Deaf(nn.Module):
+    """The bundle's network, from which parameters get a gradient of 0."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x).detach() + 0 * sum(parameter.sum() for parameter in self.network.parameters())
+
+
 def with_network(inspection: Inspection, network: nn.Module) -> Inspection:
     return replace(inspection, network=network)
 
@@ -159,17 +171,27 @@ def with_network(inspection: Inspection, network: nn.Module) -> Inspection:
 PROOFS = [
     Proof(
         rule="R20",
-        check="a step of each kind runs, and a batch is learnt by heart",
-        origin="lesion terms computed without gradient; evaluation took a tuple for a tensor",
-        planted=lambda: found(RULES, "R20", with_network(lesion(), Detached(lesion().network))),
-        healthy=lambda: found(RULES, "R20", lesion()),
+        check="a step of training, validation and inference runs",
+        origin="evaluation took a tuple for a tensor",
+        planted=lambda: [
+            *found(RULES, "R20", with_network(lesion(), Detached(lesion().network)), STEPS),
+            *found(RULES, "R20", with_network(fusion(), Detached(fusion().network)), STEPS),
+        ],
+        healthy=lambda: found(RULES, "R20", lesion(), STEPS) + found(RULES, "R20", fusion(), STEPS),
+    ),
+    Proof(
+        rule="R20",
+        check="a batch is learnt by heart",
+        origin="lesion terms computed without gradient",
+        planted=lambda: found(RULES, "R20", with_network(lesion(), Deaf(lesion().network)), LEARNT),
+        healthy=lambda: found(RULES, "R20", lesion(), LEARNT),
     ),
     Proof(
         rule="R20",
         check="the same of a fusion",
         origin="as above",
-        planted=lambda: found(RULES, "R20", with_network(fusion(), Detached(fusion().network))),
-        healthy=lambda: found(RULES, "R20", fusion()),
+        planted=lambda: found(RULES, "R20", with_network(fusion(), Deaf(fusion().network)), LEARNT),
+        healthy=lambda: found(RULES, "R20", fusion(), LEARNT),
     ),
     Proof(
         rule="R21",

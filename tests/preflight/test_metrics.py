@@ -112,18 +112,41 @@ def test_shared_memory_and_equality() -> None:
 
 @pytest.mark.parametrize(("merged", "number"), [(5, 0), (6, 1)])
 def test_share_of_merged_cells_at_its_limit(merged: int, number: int) -> None:
-    # 100 cells of 50 pixels; a merged one has more than two medians
-    areas = [101.0] * merged + [50.0] * (100 - merged)
-    assert len(judge_components(areas, [1.0] * 100, MERGED)) == number
+    # 100 cells of 50 pixels; a merged one has more than one and a half medians, and a waist
+    areas = [76.0] * merged + [50.0] * (100 - merged)
     solidities = [0.89] * merged + [0.9] * (100 - merged)
-    assert len(judge_components([50.0] * 100, solidities, MERGED)) == number
+    assert len(judge_components(areas, solidities, MERGED)) == number
+
+
+def test_large_cells_alone_and_ragged_cells_alone_are_none_grown_together() -> None:
+    assert judge_components([101.0] * 20 + [50.0] * 80, [0.95] * 100, MERGED) == []
+    assert judge_components([50.0] * 100, [0.8] * 20 + [0.95] * 80, MERGED) == []
+    assert judge_components([75.0] * 20 + [50.0] * 80, [0.8] * 20 + [0.95] * 80, MERGED) == []  # one and a half medians
+
+
+def test_an_image_at_another_magnification_holds_no_merged_cells() -> None:
+    # 30 cells of 400 pixels beside 70 of 50, all a little ragged; within each image they are all alike
+    areas, images = [400.0] * 30 + [50.0] * 70, [0] * 30 + [1] * 70
+    assert judge_components(areas, [0.89] * 100, MERGED, images=images) == []
+    assert judge_components(areas, [0.89] * 100, MERGED)
+
+
+def test_the_typical_cell_is_a_convex_one_even_where_most_are_joined() -> None:
+    # 6 of 10 are pairs: their median is a pair, that of the convex ones a single cell
+    assert judge_components([100.0] * 60 + [50.0] * 40, [0.84] * 60 + [0.95] * 40, MERGED)
+
+
+def test_an_instance_whose_shape_was_not_measured_does_not_count() -> None:
+    areas = [101.0] * 10 + [50.0] * 90
+    solidities = [0.8] * 5 + [float("nan")] * 5 + [0.95] * 45 + [float("nan")] * 45
+    assert "10.0 % of 50" in judge_components(areas, solidities, MERGED)[0].measured
 
 
 def test_large_cells_of_another_class_are_not_merged() -> None:
     areas, classes = [200.0] * 30 + [50.0] * 70, [2] * 30 + [1] * 70
-    assert judge_components(areas, [1.0] * 100, MERGED, classes) == []
-    assert judge_components(areas, [1.0] * 100, MERGED)
-    assert judge_components([50.0] * 10 + [200.0] * 9, [1.0] * 19, MERGED) == []  # too few to say
+    assert judge_components(areas, [0.89] * 100, MERGED, classes) == []
+    assert judge_components(areas, [0.89] * 100, MERGED)
+    assert judge_components([50.0] * 10 + [200.0] * 9, [0.89] * 19, MERGED) == []  # too few to say
 
 
 def test_areas_and_solidity_by_hand() -> None:

@@ -45,6 +45,7 @@ def test_a_planted_failure_is_found_and_a_healthy_run_passes(proof: Proof) -> No
         ([1, 2, 3, 4.4, 5.4, 6.4], [0]),  # 1.4 medians are no cut
         ([1, 2, 3, 4.6, 5.6, 6.6], [0, 3]),  # 1.6 are
         ([1, 2, 3, 9, 10, 11, 20, 21, 22], [0, 3, 6]),
+        ([1, 2, 3, 2.5, 3.5, 4.5], [0, 3]),  # two spectrometers that overlap
         ([5], [0]),
     ],
 )

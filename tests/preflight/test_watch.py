@@ -25,7 +25,6 @@ from pipelines.preflight.watch import (
     frozen_metric,
     implausible_fusion,
     instance_consistency,
-    merged_instances,
     missing_artefacts,
     non_finite_steps,
     not_above_trivial,
@@ -388,13 +387,3 @@ def row(rq: float | None, f1: float | None, predicted: int, truth: int) -> dict[
 )
 def test_instance_consistency(of_class: dict[str, Any], number: int) -> None:
     assert len(instance_consistency([of_class], LIMITS["R44"])) == number
-
-
-def test_merged_instances() -> None:
-    limits = LIMITS["R44"]
-    # 20 cells of 50 pixels; two of them are two cells: 10 % of the components
-    areas, solid = [50.0] * 18 + [101.0] * 2, [0.95] * 20
-    assert "10.0%" in merged_instances(areas, solid, limits)[0].measured
-    assert merged_instances([50.0] * 19 + [101.0], solid, limits) == []  # 5 %
-    assert rules(merged_instances([50.0] * 20, [0.95] * 18 + [0.89] * 2, limits)) == [("R44", "warn")]
-    assert merged_instances([], [], limits) == []

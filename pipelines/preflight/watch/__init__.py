@@ -6,7 +6,7 @@ task. ``pipelines.training.watchdogs`` collects the histories of a run and asks;
 
 from pipelines.preflight.watch.ending import best_weights, missing_artefacts, silent_curves
 from pipelines.preflight.watch.histories import ClassVoxels, Validated, settled_epoch
-from pipelines.preflight.watch.instances import instance_consistency, merged_instances
+from pipelines.preflight.watch.instances import instance_consistency
 from pipelines.preflight.watch.learning import (
     data_wait,
     early_stopping,
@@ -47,7 +47,6 @@ __all__ = [
     "frozen_metric",
     "implausible_fusion",
     "instance_consistency",
-    "merged_instances",
     "missing_artefacts",
     "non_finite_steps",
     "not_above_trivial",

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from pipelines.preflight.finding import Finding
 
 Limits = Mapping[str, float]
@@ -43,32 +41,3 @@ def instance_consistency(rows: Sequence[Mapping[str, Any]], limits: Limits) -> l
                 )
             )  # fmt: skip
     return findings
-
-
-def merged_instances(
-    areas: Sequence[float], solidities: Sequence[float], limits: Limits, name: str = "instance"
-) -> list[Finding]:
-    """R44: true instances that look like several cells drawn as one.
-
-    Args:
-        areas: of the true instances, any unit.
-        solidities: of the same, area over area of the convex hull.
-        name: of the class.
-    """
-    if not len(areas):
-        return []
-    size, solid = np.asarray(areas, float), np.asarray(solidities, float)
-    merged = (size > limits["area_ratio"] * np.median(size)) | (solid < limits["solidity"])
-    share = float(merged.mean())
-    if share <= limits["merged_share"]:
-        return []
-    return [
-        Finding(
-            "R44", "warn", f"{name}: true instances look like several cells in one",
-            f"{share:.1%} of {len(size)} are over {limits['area_ratio']:g} x the median area or below solidity "
-            f"{limits['solidity']:g}",
-            f"at most {limits['merged_share']:.0%}",
-            "instances made by connected components of a mask in which cells touch",
-            "separate touching cells in the reference before training", source="data",
-        )
-    ]  # fmt: skip

@@ -46,7 +46,7 @@ WATCHED: tuple[Rule, ...] = (
     _rule("R43", "validation samples change", "validation"),
     _rule(
         "R44", "instances against one another", "validation", ("instances",),
-        rq_f1=0.05, fewest=0.8, most=1.25, merged_share=0.05, area_ratio=2, solidity=0.9,
+        rq_f1=0.05, fewest=0.8, most=1.25,
     ),
 )  # fmt: skip
 
