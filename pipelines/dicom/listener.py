@@ -9,9 +9,11 @@ context that is given.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import shutil
+import socket
 import ssl
 import threading
 import time
@@ -55,7 +57,7 @@ class Limits:
         object_bytes: of one image.
         association_bytes: of all that one association sends.
         study_objects: images of one study that is being received.
-        idle_s: without a byte before an association is ended.
+        idle_s: without a message before an association is ended; also for one message unit to arrive.
         quiet_s: without an image before a study counts as complete.
         free_bytes: of disk that must stay free.
     """
@@ -190,17 +192,10 @@ class StoreListener:
 
     def _opened(self, event: evt.Event) -> None:
         self._bytes[event.assoc] = [0, 0]
-        socket: Any = event.assoc.dul.socket
-        receive = socket.recv
-
-        def limited(count: int) -> bytearray:
-            """A message unit announces its length, up to 4 GB, before anybody knows who sends it."""
-            if count <= PDU_BYTES:
-                return bytearray(receive(count))
-            _LOG.error("listen: association ended, a message unit of %d bytes", count)
-            return bytearray()  # shorter than announced: the library closes the connection
-
-        socket.recv = limited
+        association_socket: Any = event.assoc.dul.socket
+        connection = association_socket.socket
+        # the library's own waits for ever for what was announced, up to 4 GB, before anybody knows who sends it
+        association_socket.recv = lambda count: _received(connection, count, self.limits.idle_s)
 
     def _rejected(self, event: evt.Event) -> None:
         calling, called = (str(title)[:16] for title in _titles(event))
@@ -220,9 +215,9 @@ class StoreListener:
             limit = "object" if counts[0] > self.limits.object_bytes else "association"
             _LOG.error("listen: association ended, more bytes than the limit of one %s", limit)
             self._bytes.pop(event.assoc, None)
-            socket = event.assoc.dul.socket
-            if socket is not None:
-                socket.close()
+            connection = event.assoc.dul.socket
+            if connection is not None:
+                connection.close()
 
     def _store(self, event: evt.Event) -> int:
         counts = self._bytes.get(event.assoc)
@@ -262,6 +257,31 @@ class StoreListener:
             images.add(name)
             self._last[study] = time.monotonic()
         return SUCCESS
+
+
+def _received(connection: socket.socket, count: int, seconds: float) -> bytearray:
+    """Return ``count`` bytes; fewer where they are too many, too late or the connection has ended.
+
+    The library closes a connection that gives it fewer bytes than it asked for.
+    """
+    received = bytearray()
+    if count > PDU_BYTES:
+        _LOG.error("listen: association ended, a message unit of %d bytes", count)
+        return received
+    deadline = time.monotonic() + seconds
+    while len(received) < count:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            _LOG.error("listen: association ended, a message unit stopped in the middle")
+            break
+        connection.settimeout(left)
+        with contextlib.suppress(TimeoutError):
+            block = connection.recv(min(count - len(received), 2**16))
+            if not block:
+                break
+            received += block
+    connection.settimeout(seconds)
+    return received
 
 
 def _titles(event: evt.Event) -> tuple[Any, Any]:

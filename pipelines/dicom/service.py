@@ -17,7 +17,7 @@ from pipelines.dicom.watch import FolderWatcher, Patience, Process
 from transforms.errors import UsageError
 
 _LOG = logging.getLogger(__name__)
-_NO_MATTER = {"device_name", "runs_dir", "run_name", "checkpoint", "ensemble"}  # where the weights lie: they are named
+_NO_MATTER = {"device_name", "runs_dir", "run_name", "checkpoint", "ensemble"}  # where: the weights are named
 _ARCHIVE = re.compile(r"(?P<title>[^@\\]{1,16})@(?P<host>[^@:\s]+):(?P<port>\d{1,5})")
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import socket
+import ssl
 import struct
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,13 +42,18 @@ def listener(folder: Path, **limits: float) -> StoreListener:
 
 
 def associate(
-    port: int, calling: str = "ARCHIVE", called: str = "FIDUCIAL", syntax: str = ExplicitVRLittleEndian
+    port: int,
+    calling: str = "ARCHIVE",
+    called: str = "FIDUCIAL",
+    syntax: str = ExplicitVRLittleEndian,
+    tls: ssl.SSLContext | None = None,
 ) -> Association:
     application = AE(ae_title=calling)
     application.acse_timeout = application.dimse_timeout = application.network_timeout = 10
     application.add_requested_context(CTImageStorage, syntax)
     application.add_requested_context(Verification)
-    return application.associate("127.0.0.1", port, ae_title=called)
+    tls_args = (tls, "127.0.0.1") if tls else None
+    return application.associate("127.0.0.1", port, ae_title=called, tls_args=tls_args)
 
 
 def store(association: Association, path: Path) -> int | None:
@@ -84,6 +92,25 @@ def test_a_study_sent_in_two_associations_is_handed_over_once_and_whole(
     np.testing.assert_array_equal(read_volume(received.series).voxels, sent.voxels)
     assert names_found(caplog.text, NAMES) == []
     assert names_found(" ".join(path.as_posix() for path in (tmp_path / "in").rglob("*")), NAMES) == []
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes the certificate")
+def test_with_certificates_a_study_arrives_and_who_speaks_plainly_does_not_get_in(tmp_path: Path) -> None:
+    certificate, key = str(tmp_path / "certificate.pem"), str(tmp_path / "key.pem")
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=listener"]
+    make += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
+    subprocess.run(make, check=True, capture_output=True)
+    serving = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    serving.load_cert_chain(certificate, key)
+    limits = Limits(**{**FREE, "idle_s": 3.0})  # type: ignore[arg-type]
+    paths = sorted(write_series(tmp_path / "sent").iterdir())
+    with StoreListener(tmp_path / "in", "FIDUCIAL", ["ARCHIVE"], port=0, limits=limits, tls=serving) as receiver:
+        assert not associate(receiver.port).is_established
+        association = associate(receiver.port, tls=ssl.create_default_context(cafile=certificate))
+        assert [store(association, path) for path in paths] == [0] * len(paths)
+        association.release()
+        assert until(lambda: len(studies(tmp_path / "in")) == 1)
+    assert len(list(studies(tmp_path / "in")[0].iterdir())) == len(paths)
 
 
 def test_only_known_callers_of_our_title_are_let_in(tmp_path: Path) -> None:
@@ -154,6 +181,22 @@ def test_a_message_that_announces_gigabytes_is_not_read(tmp_path: Path, caplog: 
         assert sound.is_established
         sound.release()
     assert "a message unit of 4294967280 bytes" in caplog.text
+
+
+@pytest.mark.parametrize("sent", [b"\x01\x00\x00", struct.pack(">BBL", 1, 0, 1000) + b"ten bytes."])
+def test_messages_that_stop_in_the_middle_do_not_keep_others_out(sent: bytes, tmp_path: Path) -> None:
+    with listener(tmp_path / "in", associations=2, idle_s=1.0) as receiver, contextlib.ExitStack() as opened:
+        for _ in range(2):
+            stalled = opened.enter_context(socket.create_connection(("127.0.0.1", receiver.port)))
+            stalled.sendall(sent)
+
+        def let_in() -> bool:
+            association = associate(receiver.port)
+            established = association.is_established
+            association.release() if established else time.sleep(0.3)
+            return established
+
+        assert until(let_in)
 
 
 def test_an_image_that_was_half_written_when_the_listener_died_is_not_handed_over(tmp_path: Path) -> None:
