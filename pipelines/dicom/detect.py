@@ -1,4 +1,4 @@
-"""Is this DICOM? Asked of every input of ``predict``, also where the extra is not installed, so nothing is imported."""
+"""Is this DICOM? Asked of every input of ``predict``, also without the extra: nothing of it is imported."""
 
 from __future__ import annotations
 
