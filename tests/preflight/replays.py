@@ -228,7 +228,7 @@ REPLAYS = [
         "R23", 4, one_step_coefficients,
     ),
     Replay(
-        "ignore_index -100 where unlabelled is 0", "`loss` has `ignore_index=-100`, over 90 % of the voxels are unlabelled",
+        "ignore_index -100 where unlabelled is 0", "`loss` has `ignore_index=-100`, over 90 % of the voxels unlabelled",
         "R06", 4, ignored_value_absent,
     ),
     Replay(
