@@ -37,8 +37,9 @@ test-real: $(VENV)/installed-test
 	@test -n "$(DATA)" || { echo "usage: make test-real DATA=folder-of-real-images" >&2; exit 2; }
 	FIDUCIAL_REAL_DATA="$(abspath $(DATA))" $(BIN)/python -m pytest tests/real -s
 
-LOCK := $(UV) pip compile pyproject.toml --extra dicom --constraint constraints.txt --generate-hashes --quiet \
-	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-emit-index-url --no-emit-find-links --no-header --no-annotate
+LOCK := $(UV) pip compile pyproject.toml --extra dicom --extra onnx --extra openvino --constraint constraints.txt --quiet \
+	--generate-hashes --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	--no-emit-index-url --no-emit-find-links --no-header --no-annotate
 
 locks: $(VENV)/installed-test
 	$(LOCK) --output-file locks/cuda.txt
