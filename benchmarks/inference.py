@@ -29,14 +29,14 @@ import torch
 BUNDLE = "brain_lesion_mri_segmentation"
 VARIANTS = {  # region, overlap, backend
     "MONAI eager, whole scan, overlap .5": ("whole", 0.5, "eager"),
-    "eager, box, overlap .5": ("box", 0.5, "eager"),
-    "eager, box, overlap .25": ("box", 0.25, "eager"),
-    "bf16, box, overlap .25": ("box", 0.25, "bf16"),
-    "pt2, box, overlap .25": ("box", 0.25, "pt2"),
-    "onnxruntime, box, overlap .25": ("box", 0.25, "onnxruntime"),
-    "openvino, box, overlap .25": ("box", 0.25, "openvino"),
     "openvino bf16, box, overlap .25": ("box", 0.25, "openvino:bf16"),
+    "openvino, box, overlap .25": ("box", 0.25, "openvino"),
+    "onnxruntime, box, overlap .25": ("box", 0.25, "onnxruntime"),
+    "eager, box, overlap .25": ("box", 0.25, "eager"),
+    "eager bf16, box, overlap .25": ("box", 0.25, "bf16"),
     "openvino bf16, box, overlap .5": ("box", 0.5, "openvino:bf16"),
+    "openvino, box, overlap .5": ("box", 0.5, "openvino"),
+    "eager, box, overlap .5": ("box", 0.5, "eager"),
 }
 
 

@@ -21,11 +21,10 @@ from monai.inferers import Inferer
 from scipy import ndimage
 
 from pipelines.files import write_json
-from pipelines.inference.backends import FILE_OF, PARITY, not_installed, open_backend
+from pipelines.inference.backends import FILE_OF, NAMES, PARITY, not_installed, open_backend
 from pipelines.manifests.digest import file_digest
 from transforms.errors import BundleError
 
-BACKENDS = ("pt2", "torchscript", "onnxruntime", "openvino", "openvino:bf16")
 MAY_FAIL = frozenset(["openvino:bf16"])
 """Reduced precision is a bonus: where it does not pass it is not used, and the export stands."""
 
@@ -216,7 +215,7 @@ def measure_bundle(
     from pipelines.runner import absolute, bundle_parser
 
     weights = Path(absolute(weights))
-    present = {name: _absent(name, weights.parent) for name in BACKENDS}
+    present = {name: _absent(name, weights.parent) for name in NAMES}
     fixed = {"checkpoint": str(weights), "input": absolute(scans), "output_dir": str(weights.parent / "unused"),
              "backend": "torch", "precision": "fp32", "device_name": "cpu"}  # fmt: skip
     with bundle_parser(str(bundle), "inference", {**(overrides or {}), **fixed}) as parser:

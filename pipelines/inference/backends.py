@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 FILE_OF = {"pt2": "model.pt2", "torchscript": "model.ts", "onnxruntime": "model.onnx", "openvino": "model.onnx"}
 """What each backend reads from the folder of the weights. ``torch`` reads the weights themselves."""
+NAMES = (*FILE_OF, "openvino:bf16")
 PARITY = "parity.json"
 FASTEST_FIRST = {"bf16": ("openvino:bf16", "openvino"), "fp32": ("openvino", "onnxruntime")}
 """What ``auto`` takes before the weights themselves, by the arithmetic of the run. PyTorch in bf16 is faster than ONNX
@@ -88,9 +89,7 @@ def open_backend(name: str, folder: str | Path, threads: int | None = None) -> E
         BundleError: the file is missing or cannot be read.
     """
     backend, _, precision = name.partition(":")
-    valid = [*FILE_OF, "openvino:bf16"]
-    if name not in valid:
-        raise UsageError(f"backend {name!r}", f"valid: {', '.join(valid)}", nearest(name, valid))
+    _known(name, NAMES)
     if missing := not_installed(name):
         raise UsageError(f"backend {backend}: cannot run", missing, f"pip install 'fiducial[{_PACKAGE[backend][1]}]'")
     path = Path(folder) / FILE_OF[backend]
@@ -141,6 +140,7 @@ def exported_network(
         UsageError, BundleError: see ``open_backend``; and a backend whose parity was measured and did not pass, or was
             measured on other files.
     """
+    _known(backend, ("auto", "torch", *NAMES))
     if backend == "torch":
         return None
     kind = torch.device(device).type
@@ -211,15 +211,19 @@ def why_not(record: Mapping[str, Any], name: str, weights: Path) -> str:
     return ""
 
 
+def _known(name: str, valid: Sequence[str]) -> None:
+    if name not in valid:
+        raise UsageError(f"backend {name!r}", f"valid: {', '.join(valid)}", nearest(name, valid))
+
+
 def _refuse_failed(backend: str, weights: Path) -> None:
     record = read_parity(weights.parent)
     if record is None:
         logger.warning("backend %s: no %s beside %s; whether it agrees is not known", backend, PARITY, weights)
         return
-    if backend in FILE_OF or backend in record["backends"]:
-        reason = why_not(record, backend, weights)
-        if reason:
-            raise BundleError(f"backend {backend}: refused for {weights}", reason, "use --backend auto or torch")
+    reason = why_not(record, backend, weights)
+    if reason:
+        raise BundleError(f"backend {backend}: refused for {weights}", reason, "use --backend auto or torch")
 
 
 def _pt2(path: Path) -> Run:

@@ -120,6 +120,8 @@ def test_what_it_cannot_take_is_said_in_three_lines(exported: Path, tmp_path: Pa
 def test_an_unknown_or_absent_backend_is_refused(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="did you mean 'openvino'"):
         open_backend("openvinno", exported)
+    with pytest.raises(UsageError, match="valid: auto, torch, pt2"):
+        exported_network("tensorrt", [exported / "best.safetensors"], "cpu")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"onnxruntime is not installed") as refusal:
         open_backend("onnxruntime", exported)
