@@ -56,8 +56,8 @@ def split_digest(cohort: Manifest, fold: int | None = None) -> str:
 def subjects_in_two_parts(places: Sequence[Place]) -> list[Finding]:
     """Find subjects in two parts of a split; case and blanks of their names do not tell two subjects apart."""
     return _in_two_parts(
-        [(place.subject.strip().casefold(), place.subject.strip(), place) for place in places],
-        "subject",
+        [(place.subject.strip().casefold(), "", place) for place in places],  # a page of findings names no subject
+        "one subject",
         "cases of one subject were split as if they were strangers",
         "put all cases of a subject into one part of the split, or import again",
     )
@@ -98,7 +98,8 @@ def _in_two_parts(entries: Sequence[tuple[Hashable, str, Place]], kind: str, cau
     shown, first = leaks[0][0]
     other = next(place for _, place in leaks[0] if place.part != first.part)
     pairs = tuple(dict.fromkeys(place.case for found in leaks for _, place in found))
-    what = f"{kind} {shown} is in {first.part} (case {first.case}) and in {other.part} (case {other.case})"
+    named = f"{kind} {shown}".strip()
+    what = f"{named} is in {first.part} (case {first.case}) and in {other.part} (case {other.case})"
     return [_r13(what, f"{len(leaks)} in two parts", "0: what is validated was never trained on", cause, fix, pairs)]
 
 

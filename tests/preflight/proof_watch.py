@@ -184,7 +184,7 @@ class SlowBoxes(Boxes):
     """Samples from a slow disk."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        time.sleep(0.01)
+        time.sleep(0.1)  # long beside a step, on a busy machine too
         return super().__getitem__(index)
 
 
@@ -387,7 +387,7 @@ PROOFS: list[Proof] = [
     ),
     _proof(
         "R40", "time without a batch against the time of the steps", "GPUs that waited for zarr",
-        partial(boxes, {"max_epochs": 1}, data=SlowBoxes(), thresholds=["R40.least_seconds=0.05"]),
+        partial(boxes, {"max_epochs": 1}, data=SlowBoxes(), thresholds=["R40.least_seconds=0.05", "R40.share=0.2"]),
     ),
     _proof(
         "R41", "rate of every group against phase and schedule", "a decoder at ten times its rate",

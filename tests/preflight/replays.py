@@ -50,7 +50,7 @@ class Replay:
     Attributes:
         name: of the failure.
         how: what of configuration or data is as it was then.
-        rule: that names it.
+        rule: that names it; or, in quotes, the refusal that comes before any rule could look.
         code: exit code that it ends with.
         words: (folder to write into) -> words of the command, without the first (``check``).
         command: ``check``, or ``train`` where only a run can show it.
@@ -76,7 +76,8 @@ class Played:
 
 def play(replay: Replay, where: Path) -> Played:
     """Type the command of a replay, in a folder of its own."""
-    words = [replay.command, *replay.words(where), "--cache_dir", str(folder() / "replays")]
+    with contextlib.redirect_stdout(io.StringIO()):
+        words = [replay.command, *replay.words(where), "--cache_dir", str(folder() / "replays")]
     words += ["--runs_dir", str(where / "runs"), "--device_name", "cpu"]
     words += ["-o", str(where / "out")] if replay.command == "check" else ["--run_name", "replay"]
     start = time.perf_counter()
@@ -241,7 +242,7 @@ REPLAYS = [
     ),
     Replay(
         "second phase from an untrained parent", "`initial_weights` names weights of epoch 0",
-        "R38", 4, untrained_parent,
+        "'untrained'", 4, untrained_parent,
     ),
     Replay(
         "classes without labels", "binary masks imported with a table of three classes",
@@ -266,6 +267,7 @@ if __name__ == "__main__":
     for each in REPLAYS:
         with tempfile.TemporaryDirectory() as temporary:
             got = play(each, Path(temporary))
-        named = [f"{rule}: {what}" for rule, what in got.errors if rule == each.rule] or ["**nothing**"]
+        named = [f"{rule}: {what}" for rule, what in got.errors if rule == each.rule]
+        named += [line.removeprefix("error: ") for line in got.said.splitlines() if line.startswith("error: ")]
         verb = "" if each.command == "check" else " (`fiducial train`, second epoch)"
         print(f"| {each.name} | {each.how} | {named[0]}, exit code {got.code}{verb} | {got.seconds:.0f} |", flush=True)

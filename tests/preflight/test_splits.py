@@ -43,7 +43,7 @@ def test_a_planted_failure_is_found_and_a_healthy_run_passes(proof: Proof) -> No
 @pytest.mark.parametrize(
     ("run", "name", "words"),
     [
-        (same_subject, "subjects and files", "subject"),
+        (same_subject, "subjects and files", "one subject is"),
         (same_file, "subjects and files", "image file flair"),
         (same_voxels, "voxels", "content of the image"),
     ],
@@ -69,7 +69,7 @@ C = Place("c", "s2", "validation", {"t1": "33"})
 def test_a_subject_may_have_several_cases_in_one_part() -> None:
     assert subjects_in_two_parts([A, B, C]) == []
     (finding,) = subjects_in_two_parts([A, replace(B, part="test"), C])
-    assert finding.what == "subject s1 is in train (case a) and in test (case b)"
+    assert finding.what == "one subject is in train (case a) and in test (case b)"
     assert finding.cases == ("a", "b")
     assert len(subjects_in_two_parts([A, replace(C, subject=" S1")])) == 1
 
