@@ -13,7 +13,6 @@ from pipelines.export.lock import Pin
 from transforms.errors import BundleError
 
 VERSION_KEYS = {"monai_version": "monai", "pytorch_version": "torch", "numpy_version": "numpy"}
-STATE_CHANNELS = 2  # x_t and t, behind the condition of a denoiser
 
 
 def export_metadata(
@@ -68,24 +67,23 @@ def means_of(summary: Mapping[str, Any] | None) -> dict[str, float]:
     }
 
 
-def input_channels(contract: Mapping[str, Any]) -> int:
-    """Return how many channels the network takes: modalities, or condition and state of a denoiser."""
-    if "windows" in contract:
-        return 2 + len(contract["windows"]) + STATE_CHANNELS  # the MRI and the first guess beside the CT's windows
-    return len(contract["modalities"])
+def input_channels(contract: Mapping[str, Any]) -> list[str]:
+    """Return what the channels of the network's input are: modalities, or condition and state of a denoiser."""
+    if "windows" not in contract:
+        return [str(name) for name in contract["modalities"]]
+    windows = [f"CT, level {level:g} HU, width {width:g} HU" for level, width in contract["windows"]]
+    return ["MRI between its percentiles", *windows, "first guess: blend by HU", "x_t", "t"]
 
 
 def _network_format(own: Mapping[str, Any], contract: Mapping[str, Any]) -> dict[str, Any]:
     """Return the format with these weights' channels, at the size of their patch, for which the network is planned."""
     image, pred = own["inputs"]["image"], own["outputs"]["pred"]
     size = [int(voxels) for voxels in contract["patch_size"]]
-    if contract["dimensions"] == 2 and len(image["spatial_shape"]) == 3:
-        size = [*size[:2], 1]
-    channels, given = image["channel_def"], pred["channel_def"]
+    channels = {str(number): name for number, name in enumerate(input_channels(contract))}
+    given = pred["channel_def"]
     if "windows" not in contract:
-        channels = {str(number): name for number, name in enumerate(contract["modalities"])}
         given = {str(label["id"]): label["name"] for label in contract["labels"]}
-    shaped_image = {**image, "num_channels": input_channels(contract), "spatial_shape": size, "channel_def": channels}
+    shaped_image = {**image, "num_channels": len(channels), "spatial_shape": size, "channel_def": channels}
     shaped_pred = {**pred, "num_channels": len(given), "spatial_shape": size, "channel_def": given}
     return {
         "inputs": {**own["inputs"], "image": shaped_image},

@@ -21,9 +21,11 @@ from typing import Any
 from pipelines.export.archive import file_digests, write_archive
 from pipelines.export.card import render_card
 from pipelines.export.checks import RULES
-from pipelines.export.golden import golden_files
+from pipelines.export.formats import FILES, write_formats
+from pipelines.export.golden import FIXED, golden_files
 from pipelines.export.lock import LICENCES, LOCKS, Pin, read_lock
-from pipelines.export.metadata import export_metadata, metadata_schema
+from pipelines.export.metadata import export_metadata, input_channels, metadata_schema
+from pipelines.export.parity import measure_bundle, require_parity
 from pipelines.export.privacy import Pseudonyms, pseudonyms_of, refuse_private
 from pipelines.export.results import json_bytes, provenance_files, result_files
 from pipelines.export.sbom import bill_of_materials, undeclared
@@ -33,14 +35,16 @@ from pipelines.export.verify import verify
 from pipelines.export.wheel import Wheel, build_wheel
 from pipelines.preflight.battery import Battery, run_battery
 from pipelines.preflight.inspection import TASKS, Inspection
-from pipelines.runner import bundle_root
+from pipelines.runner import bundle_parser, bundle_root
+from pipelines.training.checkpoints import load_weights
 from pipelines.training.run_folder import code_digest
 from transforms.errors import BundleError, ResourceError, UsageError
 
 logger = logging.getLogger(__name__)
 
+NOISY = ("onnxscript", "onnx_ir", "torch.onnx")  # they say every step of a conversion
 REPOSITORY = Path(__file__).resolve().parents[2]
-WEIGHTS = "models/model.safetensors"
+WEIGHTS, PARITY_FILE = "models/model.safetensors", "models/parity.json"
 NOT_EXPORTED = frozenset(["export.yaml", "metadata.json"])  # the first is for a repository, the second is made
 NEEDS_WEIGHTS = ("inference.yaml", "evaluate.yaml")
 FROM_REPOSITORY = {  # name in the export: name in the repository
@@ -67,6 +71,7 @@ def export_run(
     manifest: str = "",
     key: str = "",
     formats: Sequence[str] = (),
+    parity_scans: str = "",
     acknowledge: Sequence[str] = (),
     out_of_scope: Sequence[str] = (),
     limits: Sequence[str] = (),
@@ -78,13 +83,15 @@ def export_run(
         output: the archive to write, NAME.zip; the folder beside it is NAME.
         manifest: of the cohort, if it is not where the run says.
         key: private OpenSSH key to sign with; empty = not signed.
-        formats: of the network beside the safetensors: pt2, onnx, ts.
+        formats: of the network beside the safetensors: pt2, onnx, torchscript.
+        parity_scans: scans, as for ``predict``, on which they are compared with the weights; empty = the golden case.
         acknowledge: findings to accept, ``<rule>: <reason>`` each.
         out_of_scope, limits: sentences of the model card.
 
     Raises:
         UsageError: no run, no place for the archive, or something stands there already.
-        BundleError: the run is not finished, lacks something, or would take names or paths with it.
+        BundleError: the run is not finished, lacks something, or would take names or paths with it; or a format does
+            not answer like the weights.
         DataError: the key cannot sign, or the result does not pass ``verify``.
     """
     archive, folder = _places(output)
@@ -97,7 +104,15 @@ def export_run(
         archive.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{archive.name}.", dir=archive.parent) as scratch:
             made = Path(scratch, "bundle")
-            _assemble(made, run, bundle, pins, battery, formats, {"out_of_scope": out_of_scope, "limits": limits})
+            _assemble(
+                made,
+                run,
+                bundle,
+                pins,
+                battery,
+                (formats, parity_scans),
+                {"out_of_scope": out_of_scope, "limits": limits},
+            )
             files = _files(made)
             measured = run.summary is not None
             refuse_incomplete([*files], formats, measured)
@@ -129,8 +144,8 @@ def refuse_incomplete(names: Sequence[str], formats: Sequence[str], measured: bo
     """
     required = [
         *REQUIRED,
-        *(f"models/model.{suffix}" for suffix in formats),
-        *(["models/parity.json"] if formats else []),
+        *(f"models/{FILES[name]}" for name in formats),
+        *([PARITY_FILE] if formats else []),
     ]
     required += ["results/summary.json", "results/per_case.csv", "results/report.html"] if measured else []
     missing = [name for name in required if name not in names]
@@ -169,7 +184,7 @@ def _assemble(
     bundle: Path,
     pins: Mapping[str, list[Pin]],
     battery: Battery,
-    formats: Sequence[str],
+    formats: tuple[Sequence[str], str],
     words: Mapping[str, Sequence[str]],
 ) -> None:
     """Write everything into the folder but the sums: first what runs, then what it answers, then what is said of it."""
@@ -181,6 +196,8 @@ def _assemble(
     _write(made, "configs/metadata.json", json_bytes(metadata))
     _write(made, WEIGHTS, run.weights.read_bytes())
     _write_all(made, golden_files(made, run.contract))
+    if formats[0]:
+        _write_formats(made, run.contract, *formats)
 
     names = _names(run)
     wheel = build_wheel(REPOSITORY)
@@ -203,6 +220,33 @@ def _assemble(
     _write_all(made, provenance_files(run, names, said))
     card = render_card(run, names, metadata, battery.record(), words, [*_files(made)])
     _write(made, "docs/README.md", card)
+
+
+def _write_formats(made: Path, contract: Mapping[str, Any], formats: Sequence[str], scans: str) -> None:
+    """Write the network in other formats, and what they were measured to differ by; refuse those that differ."""
+    with bundle_parser(str(made), "inference", {"device_name": "cpu"}) as parser:
+        network = load_weights(parser.get_parsed_content("network_def"), made / WEIGHTS)
+        known = {key: value for key, value in FIXED.items() if key in parser.get()}
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    write_formats(network, len(input_channels(contract)), contract["patch_size"], made / "models", formats)
+    source = Path(scans).expanduser() if scans else made / "golden" / "input"
+    record = measure_bundle(made, made / WEIGHTS, source, threads=1, overrides=known)
+    require_parity(record)
+    _write(made, PARITY_FILE, json_bytes(_numbered(record) if scans else record))
+
+
+def _numbered(parity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a parity record in which cases have numbers: the scans are somebody's."""
+    backends = {
+        name: {
+            **{key: value for key, value in measured.items() if key != "reason"},
+            "cases": [{**figures, "case": f"case {n}"} for n, figures in enumerate(measured["cases"], start=1)],
+            **({"reason": "beyond a gate"} if "reason" in measured else {}),
+        }
+        for name, measured in parity["backends"].items()
+    }
+    return {**parity, "backends": backends}
 
 
 def _seal(made: Path, files: Mapping[str, Path], key: str, whole: Path) -> None:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from pipelines.export.golden import CASE, FOLDER, beyond, differences, read_golden, run_golden
 from pipelines.export.package import unpack
 from pipelines.export.verify import verify
+from pipelines.inference.backends import FILE_OF, not_installed
 from pipelines.names import nearest
 from transforms.errors import BundleError, UsageError
-
-NEEDS = {"torch": "torch", "pt2": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
 
 
 @dataclass(frozen=True)
@@ -56,19 +52,17 @@ def run_backends(folder: Path, backends: Sequence[str] = ()) -> list[Tested]:
     expected, tolerances = read_golden(folder)
     available = backends_of(folder)
     for backend in backends:
-        if backend not in tolerances:
-            raise UsageError(
-                f"backend {backend!r}", "the bundle has no golden case for it", nearest(backend, tolerances)
-            )
-        if available.get(backend):
+        if backend not in tolerances or backend not in available:
+            valid = [name for name in available if name in tolerances]
+            raise UsageError(f"backend {backend!r}", "there is no file or golden case for it", nearest(backend, valid))
+        if available[backend]:
             raise UsageError(f"backend {backend}: cannot be tested", available[backend], "install it, or leave it out")
     tested = []
     for backend in backends or [name for name in tolerances if name in available]:
         if available[backend]:
             tested.append(Tested(backend, "not run", available[backend], {}))
             continue
-        chosen = {} if backend == "torch" and not _chooses_backend(folder) else {"backend": backend}
-        found = run_golden(folder, folder / FOLDER / "input" / CASE, chosen)
+        found = run_golden(folder, folder / FOLDER / "input" / CASE, {"backend": backend})
         figures = differences(expected, found)
         wrong = beyond(figures, expected, tolerances[backend])
         tested.append(Tested(backend, "failed" if wrong else "passed", "; ".join(wrong), figures))
@@ -76,9 +70,9 @@ def run_backends(folder: Path, backends: Sequence[str] = ()) -> list[Tested]:
 
 
 def backends_of(folder: Path) -> dict[str, str]:
-    """Return the backends that a bundle can be run by, each with what is missing here (empty = nothing)."""
-    known = [*NEEDS] if _chooses_backend(folder) else ["torch"]
-    return {name: "" if importlib.util.find_spec(NEEDS[name]) else f"{NEEDS[name]} is not installed" for name in known}
+    """Return the backends that a bundle has a file for, each with what is missing here (empty = nothing)."""
+    exported = [name for name, file in FILE_OF.items() if (folder / "models" / file).is_file()]
+    return {name: not_installed(name) for name in ("torch", *exported)}
 
 
 def refuse_failed(tested: Sequence[Tested], bundle: str | Path) -> None:
@@ -103,7 +97,3 @@ def table_of(tested: Sequence[Tested]) -> str:
         figures = ", ".join(f"{name} {value:.2g}" for name, value in each.figures.items())
         lines.append(f"{each.backend:12} {each.status:8} {figures or each.reason}")
     return "\n".join(lines)
-
-
-def _chooses_backend(folder: Path) -> bool:
-    return "backend" in yaml.safe_load((folder / "configs" / "inference.yaml").read_text())

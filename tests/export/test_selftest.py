@@ -24,6 +24,7 @@ from pipelines.export.golden import (
     read_golden,
 )
 from pipelines.export.selftest import run_backends, selftest
+from pipelines.inference.backends import not_installed
 from transforms.errors import BundleError, UsageError
 
 
@@ -163,3 +164,27 @@ def test_a_key_of_somebody_else_is_refused(exported: Exported, tmp_path: Path) -
     stranger.mkdir()
     forged = resigned(exported.folder, tmp_path / "forged.zip", new_key(stranger))
     assert main(["selftest", str(forged), "--allowed_signers", str(exported.keys / "allowed")]) == 3
+
+
+@pytest.mark.parametrize("backend", ["pt2", "torchscript", "onnxruntime", "openvino"])
+def test_every_backend_that_is_installed_passes(exported: Exported, backend: str) -> None:
+    if reason := not_installed(backend):
+        pytest.skip(reason)
+    (tested,) = run_backends(exported.folder, [backend])
+    assert (tested.status, tested.reason) == ("passed", "")
+    if backend == "pt2":
+        assert tested.figures["response"] < 1e-6
+
+
+def test_a_graph_of_other_weights_fails_on_its_own_backends_alone(copy: Path) -> None:
+    """The bias of the first layer that has one is moved by .1 in the ONNX file."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    path = copy / "models" / "model.onnx"
+    model = onnx.load(path)
+    bias = next(each for each in model.graph.initializer if each.name.endswith("bias") and len(each.dims) == 1)
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(0.1), bias.name))
+    onnx.save(model, path)
+    (copy / "models" / "parity.json").unlink()  # it would refuse the file by its digest
+    tested = {each.backend: each.status for each in run_backends(copy, ["torch", "onnxruntime"])}
+    assert tested == {"torch": "passed", "onnxruntime": "failed"}
