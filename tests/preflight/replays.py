@@ -39,7 +39,13 @@ from pipelines.training import save_weights  # noqa: E402
 LESION, FUSION = "brain_lesion_mri_segmentation", "head_mri_ct_fusion"
 SMALL: Mapping[str, Mapping[str, Any]] = {
     LESION: {"spacing": [4.0, 4.0, 4.0], "patch_size": [32, 32, 32], "filters": [8, 16, 32], "precision": "fp32"},
-    FUSION: {"spacing": [4.0, 4.0, 4.0], "patch_size": [48, 56, 1], "channels": [8, 16, 24], "precision": "fp32"},
+    FUSION: {
+        "spacing": [4.0, 4.0, 4.0],
+        "patch_size": [48, 56, 1],
+        "channels": [8, 16, 24],
+        "precision": "fp32",
+        "schedule": "cosine",
+    },
 }
 
 
