@@ -61,8 +61,8 @@ def lesion_with(**changes: Any) -> Inspection:
 
 
 def fusion_with(**changes: Any) -> Inspection:
-    """Return the fusion bundle's run with other hyper-parameters."""
-    small = {"patch_size": [48, 56, 1], "channels": [8, 16, 24], "sampling_steps": 5}
+    """Return the fusion bundle's run as a diffusion, with other hyper-parameters."""
+    small = {"patch_size": [48, 56, 1], "channels": [8, 16, 24], "schedule": "cosine", "sampling_steps": 5}
     return inspection_of("head_mri_ct_fusion", pair_manifest(), {**small, **changes})
 
 
