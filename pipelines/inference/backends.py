@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,9 @@ def _onnxruntime(path: Path, threads: int) -> Run:
 
 
 def _openvino(path: Path, threads: int, precision: str) -> Run:
+    # Its import starts a module that gives the machine an identity and reports conversions unless somebody objects.
+    # Where that module cannot be imported, it goes on without.
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     import openvino
 
     settings = {

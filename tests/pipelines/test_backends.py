@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +95,30 @@ def test_it_answers_like_the_original_in_windows_and_modes(exported: Path, backe
     # arithmetic is the graph's own: a run in bf16 must not change what was measured in float32
     torch.testing.assert_close(AutocastInferer("bf16", inferer)(image, network), expected, rtol=0, atol=1e-5)
     assert list(network.parameters()) == []
+
+
+OPENS = """
+import sys, torch
+from pathlib import Path
+from pipelines.inference import open_backend
+print(tuple(open_backend("openvino", Path(sys.argv[1]), threads=1)(torch.zeros(1, 2, 8, 6, 4)).shape))
+"""
+
+
+@pytest.mark.skipif(not {"onnx", "openvino"} <= INSTALLED, reason="not installed: onnx, openvino")
+def test_openvino_reports_to_nobody(exported: Path, tmp_path: Path) -> None:
+    """Importing it alone writes an identity of the machine into the user's home, for reports of use."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "TF_BUILD", "JENKINS_URL")}
+
+    def left_at_home(code: str) -> list[Path]:
+        home = tmp_path / str(len(code))
+        home.mkdir()
+        command = [sys.executable, "-c", code, str(exported)]
+        subprocess.run(command, check=True, capture_output=True, env={**environment, "HOME": str(home)})
+        return [path for path in home.rglob("*") if path.is_file() and "matplotlib" not in path.parts]
+
+    assert left_at_home("import openvino")  # planted: what it does by itself
+    assert not left_at_home(OPENS)
 
 
 @pytest.mark.parametrize("backend", EVERY)
