@@ -9,7 +9,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from pipelines.cli import main, overrides_of
+from pipelines.cli import main
+from pipelines.overrides import overrides_of
 from pipelines.runner import absolute, bundle_parser, bundle_root
 from transforms.errors import BundleError, UsageError
 

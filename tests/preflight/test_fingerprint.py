@@ -272,7 +272,7 @@ def test_a_batch_fills_the_memory_but_not_the_cohort() -> None:
 
 
 def test_a_plan_is_an_override_that_the_command_line_reads_back() -> None:
-    from pipelines.cli import overrides_of
+    from pipelines.overrides import overrides_of
 
     plan = plan_for(inspection_of(), cohort_of([(100.0, 120.0, 100.0)] * 6), memory_gb=8.0)
     assert [each.option for each in plan.proposals] == ["spacing", "patch_size", "filters", "batch_size"]
