@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from absl import logging as absl_logging
 
 from pipelines.manifests import Manifest, SplitPlan, import_folder, write_manifest
 
 Writer = Callable[..., Path]
+
+# TensorBoard's library keeps the stream it was imported with, here pytest's own, and closes it whenever a bundle's
+# logging.conf is read. It leaves the process's real one alone.
+absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 @pytest.fixture(autouse=True)

@@ -308,5 +308,9 @@ def test_the_real_bundles_pass_the_scan() -> None:
     for root in sorted(path.parent for path in BUNDLES.glob("*/configs")):
         paths = [path for path in root.rglob("*") if path.is_file() and path.name != ".gitkeep"]
         files = {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
+        # it makes the archive and stays in the repository; in an archive it would be one that writes archives
+        exporting = files.pop("configs/export.yaml")
+        with pytest.raises(DataError, match=r"pipelines\.export\.package"):
+            scan_files({**files, "configs/export.yaml": exporting}, root.name)
         scan_files({name: content for name, content in files.items() if not name.startswith("runs/")}, root.name)
         assert "configs/train.yaml" in files
