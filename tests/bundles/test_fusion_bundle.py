@@ -93,18 +93,22 @@ def evaluated(command: Command, one_pass: Path) -> Path:
 def test_it_learns(command: Command, folder: Path, one_pass: Path, evaluated: Path) -> None:
     still = ["--max_epochs", "1", "--steps_per_epoch", "1", "--val_interval", "1", "--learning_rate", "1e-9"]
     assert command("train", *SMALL, *still, "--schedule", "none", "--run_name", "untrained") == 0
-    entries = history(one_pass)
-    untrained, trained = history(run_folder(folder, "untrained"))[-1], entries[-1]
-    assert entries[-1]["loss"] < 0.5 * entries[0]["loss"]
-    # An untrained network is grey everywhere, which at 4 mm is about what bone has: only the brain tells.
-    assert untrained["brain_ssim"] < 0.6
-    assert trained["brain_ssim"] > untrained["brain_ssim"] + 0.15
-    assert trained["fusion_score"] > untrained["fusion_score"] + 0.08
+    untrained, trained = history(run_folder(folder, "untrained"))[-1], history(one_pass)[-1]
+    # An untrained network gives its first guess, the blend of what it is given: that is where learning starts. Losses
+    # of single epochs are no measure of it, as every sample is degraded at random.
+    assert trained["brain_ssim"] > untrained["brain_ssim"] + 0.03
+    assert trained["bone_ssim"] > untrained["bone_ssim"] + 0.01
+    assert trained["bone_psnr_db"] > untrained["bone_psnr_db"] + 1
+    assert trained["fusion_score"] > untrained["fusion_score"] + 0.02
     rows = {(row["case"], method_of(row)): row for row in read_per_case_csv(evaluated / "per_case.csv")}
     for case in {case for case, _ in rows}:
         ours, mean = rows[case, "one pass"], rows[case, "mean"]
         assert ours["bone_psnr_db"] > mean["bone_psnr_db"] + 1.5
         assert ours["brain_ssim_within"] > mean["brain_ssim_within"]
+        if case.endswith("@2"):  # undegraded, the blend is the target
+            blend = rows[case, "blend"]
+            assert ours["bone_psnr_db"] > blend["bone_psnr_db"] + 0.5
+            assert ours["brain_ssim_within"] > blend["brain_ssim_within"] + 0.01
 
 
 def test_the_evaluation_has_every_rule_at_every_severity(evaluated: Path) -> None:
