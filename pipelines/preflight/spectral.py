@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
 from pipelines.preflight.finding import CannotRun, Finding
 from pipelines.preflight.inspection import Inspection
 from pipelines.preflight.rule import Rule
+
+_r15 = partial(Finding, "R15", "error")
 
 SpectralFilter = Callable[[np.ndarray], np.ndarray]
 
@@ -175,28 +178,6 @@ def centres_off_grid(centres: Sequence[float], wavenumbers: np.ndarray, limits: 
             "take these centres out, or move them to bands that are there",
         )
     ]
-
-
-def _r15(
-    what: str,
-    measured: str,
-    threshold: str,
-    cause: str,
-    fix: str,
-    source: str = "configuration",
-    cases: tuple[str, ...] = (),
-) -> Finding:
-    return Finding(
-        rule="R15",
-        severity="error",
-        what=what,
-        measured=measured,
-        threshold=threshold,
-        cause=cause,
-        fix=fix,
-        source="data" if source == "data" else "configuration",
-        cases=cases,
-    )
 
 
 def _axes(inspection: Inspection) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import numpy as np
 
 from pipelines.manifests import Manifest
 from pipelines.manifests.digest import canonical_digest
-from pipelines.preflight.finding import CannotRun, Finding, Source
+from pipelines.preflight.finding import CannotRun, Finding
 from pipelines.preflight.inspection import Inspection, as_dictionary
 from pipelines.preflight.label_counts import WITH_CLASSES, Tally, all_cases, foreground_names, tallies_of
 from pipelines.preflight.rule import Rule
 
+_r13 = partial(Finding, "R13", "error", source="data")
 PLACES_LOOKED_AT = 20_000  # voxels of an image that tell whether it is another
 
 
@@ -100,7 +102,9 @@ def _in_two_parts(entries: Sequence[tuple[Hashable, str, Place]], kind: str, cau
     pairs = tuple(dict.fromkeys(place.case for found in leaks for _, place in found))
     named = f"{kind} {shown}".strip()
     what = f"{named} is in {first.part} (case {first.case}) and in {other.part} (case {other.case})"
-    return [_r13(what, f"{len(leaks)} in two parts", "0: what is validated was never trained on", cause, fix, pairs)]
+    return [
+        _r13(what, f"{len(leaks)} in two parts", "0: what is validated was never trained on", cause, fix, cases=pairs)
+    ]
 
 
 def missing_classes(parts: Mapping[str, Sequence[Tally]], names: Mapping[int, str]) -> list[Finding]:
@@ -151,28 +155,6 @@ def compared_on_other_splits(digests: Mapping[str, str]) -> list[Finding]:
             source="configuration",
         )
     ]
-
-
-def _r13(
-    what: str,
-    measured: str,
-    threshold: str,
-    cause: str,
-    fix: str,
-    cases: tuple[str, ...] = (),
-    source: Source = "data",
-) -> Finding:
-    return Finding(
-        rule="R13",
-        severity="error",
-        what=what,
-        measured=measured,
-        threshold=threshold,
-        cause=cause,
-        fix=fix,
-        source=source,
-        cases=cases,
-    )
 
 
 def content_digest(image: np.ndarray) -> str:
