@@ -7,6 +7,7 @@ no export, the weights themselves are run.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import logging
@@ -258,18 +259,28 @@ def _onnxruntime(path: Path, threads: int) -> Run:
     return lambda image: torch.from_numpy(session.run(None, {given.name: image.numpy()})[0])
 
 
-def _openvino(path: Path, threads: int, precision: str) -> Run:
+@functools.cache
+def _openvino_core() -> Any:
+    """Return the process's one ``openvino.Core``.
+
+    The CPU plugin makes its memory the thread's stack for signals, and takes that memory back when a core goes: the
+    next signal that Python handles, be it the end of a child or Ctrl-C, would end the process (OpenVINO 2026.4).
+    """
     # Its import starts a module that gives the machine an identity and reports conversions unless somebody objects.
     # Where that module cannot be imported, it goes on without.
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     import openvino
 
+    return openvino.Core()
+
+
+def _openvino(path: Path, threads: int, precision: str) -> Run:
     settings = {
         "INFERENCE_NUM_THREADS": threads,
         "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],  # it takes bf16 by itself where it can
         "PERFORMANCE_HINT": "LATENCY",
     }
-    request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
+    request = _openvino_core().compile_model(str(path), "CPU", settings).create_infer_request()
 
     def run(image: torch.Tensor) -> torch.Tensor:
         result = request.infer([image.numpy()], share_inputs=True)[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -119,6 +120,23 @@ def test_openvino_reports_to_nobody(exported: Path, tmp_path: Path) -> None:
 
     assert left_at_home("import openvino")  # planted: what it does by itself
     assert not left_at_home(OPENS)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signal here")
+@pytest.mark.skipif("openvino" not in INSTALLED, reason="not installed: openvino")
+def test_signals_are_handled_after_openvino_has_been_used(exported: Path) -> None:
+    lines = (
+        "import gc, os, signal, sys",
+        "from pipelines.inference import open_backend",
+        "first = open_backend('openvino', sys.argv[1], 1)",
+        "second = open_backend('openvino', sys.argv[1], 1)",
+        "del first, second; gc.collect()",
+        "signal.signal(signal.SIGUSR1, lambda number, frame: print('handled'))",
+        "os.kill(os.getpid(), signal.SIGUSR1)",
+    )
+    command = [sys.executable, "-c", "\n".join(lines), str(exported)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "handled"), done.stderr
 
 
 @pytest.mark.parametrize("backend", EVERY)
