@@ -1,5 +1,6 @@
 """What happens to a sample: pure array functions and their MONAI-style dictionary transforms (suffix ``d``)."""
 
+from transforms.appearance import RandAppearanced
 from transforms.bias_field import N4BiasFieldCorrection, N4BiasFieldCorrectiond
 from transforms.degraded_pairs import DegradePaird, RandDegradePaird
 from transforms.diffusion import AddDiffusionNoised, NoiseSchedule
@@ -49,6 +50,7 @@ __all__ = [
     "NoiseSchedule",
     "NormalizeIntensityInMask",
     "NormalizeIntensityInMaskd",
+    "RandAppearanced",
     "RandDegradePaird",
     "RandDropModalityd",
     "RandFuseByRuled",

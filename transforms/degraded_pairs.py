@@ -54,7 +54,7 @@ class DegradePaird(MapTransform):
         output = dict(data)
         for key in self.key_iterator(output):
             where = case_name(output, key)
-            pair, spacing = _checked_pair(output[key], self.spacing_mm, where)
+            pair, spacing = checked_pair(output[key], self.spacing_mm, where)
             scan = f"{output.get('scan', output.get('case', where))}"
             rng = np.random.default_rng([self.seed, zlib.crc32(scan.encode())])
             output[key] = like(degrade_pair(pair, spacing, self._severity(output, where), rng), output[key])
@@ -132,7 +132,7 @@ class RandDegradePaird(RandomizableTransform, MapTransform):
         output = dict(data)
         self.randomize()
         for key in self.key_iterator(output):
-            pair, spacing = _checked_pair(output[key], self.spacing_mm, case_name(output, key))
+            pair, spacing = checked_pair(output[key], self.spacing_mm, case_name(output, key))
             rng = np.random.default_rng(self._seed)
             degraded = degrade_pair(pair, spacing, self.severity, rng, outside=None)
             if self.percentiles is not None:
@@ -152,7 +152,8 @@ class RandDegradePaird(RandomizableTransform, MapTransform):
         return moved if moved[1] > moved[0] else scale
 
 
-def _checked_pair(image: Array, spacing_mm: Sequence[float] | None, where: str) -> tuple[np.ndarray, list[float]]:
+def checked_pair(image: Array, spacing_mm: Sequence[float] | None, where: str) -> tuple[np.ndarray, list[float]]:
+    """Return a pair (2, X, Y, Z) and its voxel size in mm, or raise ``DataError`` that says what it is instead."""
     pair = as_numpy(image)
     if pair.ndim != 4 or len(pair) != 2:
         raise DataError(where, f"shape {pair.shape}, expected (2, X, Y, Z): MRI and CT", "name two modalities")
