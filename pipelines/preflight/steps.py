@@ -110,8 +110,8 @@ def check_steps(inspection: Inspection, limits: Limits) -> list[Finding]:
     """R20: one step of training, one window of validation and one of inference, on a copy of the network."""
     need_one_process()
     network = copy.deepcopy(inspection.need("network"))
-    image, label = worth_learning(inspection, network)
     loss = inspection.need("loss")(inspection.need("plan")[0].loss)
+    image, label = worth_learning(inspection, network, getattr(loss, "lesion_head", None))
     steps: dict[str, Callable[[], object]] = {
         "training": lambda: overfit(inspection, network, loss, image, label, {"steps": 0})
     }
@@ -129,20 +129,23 @@ def check_learnt(inspection: Inspection, limits: Limits) -> list[Finding]:
     """R20: one batch is learnt by heart by a copy of the network."""
     need_one_process()
     network = copy.deepcopy(inspection.need("network"))
-    image, label = worth_learning(inspection, network)
     loss = inspection.need("loss")(inspection.need("plan")[0].loss)
+    image, label = worth_learning(inspection, network, getattr(loss, "lesion_head", None))
     with own_draws():
         return judge_learnt(overfit(inspection, network, loss, image, label, limits), limits)
 
 
-def worth_learning(inspection: Inspection, network: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+def worth_learning(
+    inspection: Inspection, network: nn.Module, reader: nn.Module | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a small batch, cropped to where there is most to learn: borders of the label, errors of the first guess.
 
     One sample, of slices two; a fusion at t = 1, because early times, and clean inputs, leave nothing to learn.
+    ``reader`` as of ``smallest_size``.
     """
     shape = input_shape(inspection)
     number = 1 if sum(each > 1 for each in shape[2:]) > 2 else 2
-    size = smallest_size(network, shape)
+    size = smallest_size(network, shape, reader=reader)
     schedule = getattr(inspection.inferer, "schedule", None)
     if inspection.task != "fusion" or not isinstance(schedule, NoiseSchedule):
         image, label = draw_batch(inspection, number)

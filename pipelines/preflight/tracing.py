@@ -88,12 +88,22 @@ def without_values(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, memo)
 
 
-def smallest_size(network: nn.Module, shape: Shape, least: int = SMALLEST_CROP) -> Shape:
-    """Return the smallest spatial size, halved again and again along all axes, that the network can learn on."""
+def smallest_size(
+    network: nn.Module, shape: Shape, least: int = SMALLEST_CROP, reader: nn.Module | None = None
+) -> Shape:
+    """Return the smallest spatial size, halved again and again along all axes, that the network can learn on.
+
+    Args:
+        network: takes (B, C, *spatial).
+        shape: (B, C, *spatial) of the run.
+        least: voxels per axis.
+        reader: of a loss that looks at the output, one channel, with a network of its own.
+    """
     size = tuple(shape[2:])
     while True:
         half = tuple(each // 2 if each % 2 == 0 and each // 2 >= least else each for each in size)
-        if half == size or not _takes(network, (*shape[:2], *half)):
+        read = reader is None or _takes(reader, (shape[0], 1, *half))
+        if half == size or not read or not _takes(network, (*shape[:2], *half)):
             return size
         size = half
 

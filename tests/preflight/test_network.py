@@ -130,6 +130,13 @@ def test_heads_keep_their_resolution_in_mind() -> None:
     assert smallest_size(network, (1, 1, 64, 64, 64)) == (32, 32, 32)  # 16 would leave one voxel after four halvings
 
 
+def test_a_loss_that_reads_the_output_with_a_network_keeps_the_crop_as_large_as_that_needs() -> None:
+    own = nn.Conv3d(2, 1, 3, padding=1)  # takes any size
+    reader = segmentation_network(3, 1, 2, [1.0] * 3, [64, 64, 64], [4, 4, 4, 4, 4])  # 32, as above
+    assert smallest_size(own, (1, 2, 64, 64, 64)) == (16, 16, 16)
+    assert smallest_size(own, (1, 2, 64, 64, 64), reader=reader) == (32, 32, 32)
+
+
 def test_weights_of_heads() -> None:
     sizes = [(32, 32), (16, 16), (8, 8)]
     assert judge_head_weights(sizes, [4 / 7, 2 / 7, 1 / 7]) == []
