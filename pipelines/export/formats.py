@@ -52,7 +52,7 @@ class _WholeStacks(nn.Module):
         self.stack = stack
 
     def forward(self, volume: torch.Tensor) -> torch.Tensor:
-        return self.stack._segment(volume, 0, volume.shape[-1])
+        return self.stack.segment(volume, 0, volume.shape[-1])
 
 
 def write_formats(

@@ -63,11 +63,12 @@ class SliceStackNetwork(nn.Module):
         depth = plain.shape[-1]
         step = max(1, self.images_per_pass // plain.shape[0])
         logits = torch.cat(
-            [self._segment(plain, start, min(start + step, depth)) for start in range(0, depth, step)], -1
+            [self.segment(plain, start, min(start + step, depth)) for start in range(0, depth, step)], -1
         )
         return convert_to_dst_type(logits, volume, dtype=logits.dtype)[0] if isinstance(volume, MetaTensor) else logits
 
-    def _segment(self, volume: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def segment(self, volume: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Return the logits (B, K, H, W, stop - start) of some slices of a plain tensor (B, C, H, W, D), in one pass."""
         batch, channels, height, width, depth = volume.shape
         middle = torch.arange(start, stop, device=volume.device)
         offset = torch.arange(self.slices, device=volume.device) - self.slices // 2
