@@ -68,7 +68,7 @@ class SliceStackNetwork(nn.Module):
         return convert_to_dst_type(logits, volume, dtype=logits.dtype)[0] if isinstance(volume, MetaTensor) else logits
 
     def segment(self, volume: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Return the logits (B, K, H, W, stop - start) of some slices of a plain tensor (B, C, H, W, D), in one pass."""
+        """Return the logits (B, K, H, W, slices) of some slices of a plain tensor (B, C, H, W, D), in one pass."""
         batch, channels, height, width, depth = volume.shape
         middle = torch.arange(start, stop, device=volume.device)
         offset = torch.arange(self.slices, device=volume.device) - self.slices // 2
