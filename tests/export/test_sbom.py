@@ -7,6 +7,8 @@ import re
 from typing import Any
 
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -117,6 +119,23 @@ def test_the_bill_names_every_package_with_hashes_and_licence() -> None:
     references = [component["bom-ref"] for component in bill()["components"]]
     assert bill()["dependencies"] == [{"ref": "bundle:lesions@0.1.0", "dependsOn": references}]
     assert len(set(references)) == 3
+
+
+def test_the_bill_passes_the_official_schema() -> None:
+    official = JsonStrictValidator(SchemaVersion.V1_6)
+    assert official.validate_str(json.dumps(bill())) is None
+    planted = bill()
+    planted["components"][0]["hashes"][0]["content"] = "short"
+    assert official.validate_str(json.dumps(planted)) is not None
+
+
+@pytest.mark.slow
+def test_the_bill_of_the_longest_lock_passes_the_official_schema() -> None:
+    name = "cuda"
+    pins = read_lock((ROOT / "locks" / f"{name}.txt").read_text(), name)
+    licences = json.loads((ROOT / "locks" / "licences.json").read_text())
+    whole = bill_of_materials(pins, licences, "lesions", "0.1.0", ("fiducial", "0.1.0"), A)
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(whole)) is None
 
 
 def test_the_bill_is_the_same_every_time_and_another_for_another_lock() -> None:
