@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 BUNDLE = BUNDLES / "head_mri_ct_fusion"
 COARSE = ["--spacing", "[4.0,4.0,4.0]", "--patch_size", "[48,56,1]", "--warmup_epochs", "0"]
 SMALL = [*COARSE, "--channels", "[8,16,24]"]
-AS_THEY_ARE = ["--appearance", "0"]  # a hundred steps are enough for heads of one kind only
+AS_THEY_ARE = ["--appearance", "0"]  # so few steps are enough for heads of one kind only
 
 Command = Callable[..., int]
 
@@ -61,8 +61,8 @@ def history(run: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def one_pass(command: Command, folder: Path) -> Path:
-    """A network that regresses in one pass, 100 steps; MONAI would call them 4 epochs of 25."""
-    epochs = ["--max_epochs", "4", "--steps_per_epoch", "25", "--val_interval", "4", "--learning_rate", "0.002"]
+    """A network that regresses in one pass, 200 steps; MONAI would call them 8 epochs of 25."""
+    epochs = ["--max_epochs", "8", "--steps_per_epoch", "25", "--val_interval", "8", "--learning_rate", "0.002"]
     assert command("train", *SMALL, *epochs, *AS_THEY_ARE, "--schedule", "none", "--run_name", "one_pass") == 0
     return run_folder(folder, "one_pass")
 
