@@ -47,6 +47,8 @@ def remap_bone(ct: np.ndarray, gain: float | np.ndarray) -> np.ndarray:
         ct: (X, Y, Z).
         gain: one, or one per voxel.
     """
+    if np.ndim(gain) == 0 and gain == 1:
+        return ct
     start = np.float32(BONE_RAMP_HU[0])
     hounsfield = ct.astype(np.float32, copy=False)
     return np.where(hounsfield > start, start + np.asarray(gain, np.float32) * (hounsfield - start), hounsfield)
@@ -90,7 +92,9 @@ def vary_pair(
         rng: draws the field of ``bone_spread``.
     """
     mri, ct = pair.astype(np.float32)
-    gain = appearance.bone_gain * bias_field(ct.shape, spacing_mm, appearance.bone_spread, rng)
+    gain: float | np.ndarray = appearance.bone_gain
+    if appearance.bone_spread:
+        gain = gain * bias_field(ct.shape, spacing_mm, appearance.bone_spread, rng)
     ct = soften(remap_bone(ct, gain), spacing_mm, appearance.ct_blur_mm)
     mri = soften(bend_contrast(mri, scale, appearance.mri_gamma), spacing_mm, appearance.mri_blur_mm)
     return np.stack([mri, ct])
@@ -128,15 +132,15 @@ class RandAppearanced(RandomizableTransform, MapTransform):
         allow_missing_keys: bool = False,
     ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
-        RandomizableTransform.__init__(self, prob=prob)
-        ranges = (bone_gain, mri_gamma)
-        if not all(0 < low <= high for low, high in ranges) or min(bone_spread, ct_blur_mm, mri_blur_mm) < 0:
+        ranges_hold = all(0 < low <= high for low, high in (bone_gain, mri_gamma))
+        if not 0 <= prob <= 1 or not ranges_hold or min(bone_spread, ct_blur_mm, mri_blur_mm) < 0:
             raise BundleError(
-                f"RandAppearanced: bone_gain {bone_gain}, mri_gamma {mri_gamma}, bone_spread {bone_spread}, "
-                f"ct_blur_mm {ct_blur_mm}, mri_blur_mm {mri_blur_mm}",
-                "expected 0 < lowest <= highest, and nothing negative",
+                f"RandAppearanced: prob {prob}, bone_gain {bone_gain}, mri_gamma {mri_gamma}, "
+                f"bone_spread {bone_spread}, ct_blur_mm {ct_blur_mm}, mri_blur_mm {mri_blur_mm}",
+                "expected a probability from 0 to 1, 0 < lowest <= highest, and nothing negative",
                 "correct the appearance of the bundle",
             )
+        RandomizableTransform.__init__(self, prob=prob)
         self.bone_gain, self.mri_gamma = bone_gain, mri_gamma
         self.bone_spread, self.ct_blur_mm, self.mri_blur_mm = bone_spread, ct_blur_mm, mri_blur_mm
         self.spacing_mm, self.scale_key = spacing_mm, scale_key

@@ -111,7 +111,7 @@ def check_steps(inspection: Inspection, limits: Limits) -> list[Finding]:
     need_one_process()
     network = copy.deepcopy(inspection.need("network"))
     loss = inspection.need("loss")(inspection.need("plan")[0].loss)
-    image, label = worth_learning(inspection, network, getattr(loss, "lesion_head", None))
+    image, label = worth_learning(inspection, network, loss)
     steps: dict[str, Callable[[], object]] = {
         "training": lambda: overfit(inspection, network, loss, image, label, {"steps": 0})
     }
@@ -130,22 +130,22 @@ def check_learnt(inspection: Inspection, limits: Limits) -> list[Finding]:
     need_one_process()
     network = copy.deepcopy(inspection.need("network"))
     loss = inspection.need("loss")(inspection.need("plan")[0].loss)
-    image, label = worth_learning(inspection, network, getattr(loss, "lesion_head", None))
+    image, label = worth_learning(inspection, network, loss)
     with own_draws():
         return judge_learnt(overfit(inspection, network, loss, image, label, limits), limits)
 
 
 def worth_learning(
-    inspection: Inspection, network: nn.Module, reader: nn.Module | None = None
+    inspection: Inspection, network: nn.Module, loss: Callable[..., torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a small batch, cropped to where there is most to learn: borders of the label, errors of the first guess.
 
     One sample, of slices two; a fusion at t = 1, because early times, and clean inputs, leave nothing to learn.
-    ``reader`` as of ``smallest_size``.
+    A lesion head of the loss can read it too.
     """
     shape = input_shape(inspection)
     number = 1 if sum(each > 1 for each in shape[2:]) > 2 else 2
-    size = smallest_size(network, shape, reader=reader)
+    size = smallest_size(network, shape, reader=getattr(loss, "lesion_head", None))
     schedule = getattr(inspection.inferer, "schedule", None)
     if inspection.task != "fusion" or not isinstance(schedule, NoiseSchedule):
         image, label = draw_batch(inspection, number)

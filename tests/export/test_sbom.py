@@ -131,8 +131,7 @@ def test_the_bill_passes_the_official_schema() -> None:
 
 @pytest.mark.slow
 def test_the_bill_of_the_longest_lock_passes_the_official_schema() -> None:
-    name = "cuda"
-    pins = read_lock((ROOT / "locks" / f"{name}.txt").read_text(), name)
+    pins = read_lock((ROOT / "locks" / "cuda.txt").read_text(), "cuda")
     licences = json.loads((ROOT / "locks" / "licences.json").read_text())
     whole = bill_of_materials(pins, licences, "lesions", "0.1.0", ("fiducial", "0.1.0"), A)
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(whole)) is None

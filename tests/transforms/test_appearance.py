@@ -98,7 +98,9 @@ def test_each_kind_comes_with_its_probability_and_within_its_range() -> None:
     assert np.median(gains) == pytest.approx(0.6, abs=0.08)  # uniform in the logarithm: sqrt(.3 * 1.2)
 
 
-@pytest.mark.parametrize("wrong", [{"bone_gain": (0.0, 1.0)}, {"mri_gamma": (2.0, 1.0)}, {"ct_blur_mm": -1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"bone_gain": (0.0, 1.0)}, {"mri_gamma": (2.0, 1.0)}, {"ct_blur_mm": -1.0}, {"prob": 2}]
+)
 def test_a_range_that_is_none_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(BundleError, match="RandAppearanced"):
         RandAppearanced("image", **wrong)  # type: ignore[arg-type]
