@@ -236,9 +236,11 @@ def _onnx_bytes(program: ExportedProgram) -> bytes:
 
 
 def _torchscript_bytes(graph: nn.Module, example: torch.Tensor) -> bytes:
-    torch.jit.trace(graph, example, check_trace=False)  # now the process knows every class, as in any later trace
     stream = io.BytesIO()
-    torch.jit.save(torch.jit.trace(graph, example, check_trace=False), stream)
+    # a trace keeps the process's choices for convolutions, and a training in this process may have made others
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        torch.jit.trace(graph, example, check_trace=False)  # now the process knows every class, as in any later trace
+        torch.jit.save(torch.jit.trace(graph, example, check_trace=False), stream)
     kept = {name: entry for name, entry in _zip_entries(stream).items() if not name.endswith(".debug_pkl")}
     named = b"\n".join([*(name.encode() for name in kept), *(kept[name] for name in kept if _names_classes(name))])
     counters = sorted({int(counter) for counter in _MANGLED.findall(named)})

@@ -102,6 +102,8 @@ import torch
 from test_formats import network_of
 from pipelines.export.formats import write_formats
 torch.jit.trace(torch.nn.Sequential(torch.nn.Conv3d(1, 1, 1), torch.nn.Conv3d(1, 2, 1)), torch.zeros(1, 1, 2, 2, 2))
+torch.use_deterministic_algorithms({deterministic})
+torch.backends.cudnn.benchmark = {deterministic}
 network, channels, patch = network_of("2.5d")
 write_formats(network, channels, patch, {folder!r}, {formats!r})
 """
@@ -109,12 +111,15 @@ write_formats(network, channels, patch, {folder!r}, {formats!r})
 
 @pytest.mark.slow
 def test_equal_weights_are_equal_bytes_in_another_process(tmp_path: Path) -> None:
-    """Another order of dictionaries, another working directory, and other classes traced before."""
+    """Another order of dictionaries, another working directory, other classes traced and algorithms chosen before."""
     onnx = [] if needs_onnx.args[0] else ["onnx"]
     formats = ["pt2", "torchscript", *onnx]
     network, channels, patch = network_of("2.5d")
     here = write_formats(network, channels, patch, tmp_path / "here", formats)
-    code = WRITE.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "there"), formats=formats)
+    other = not torch.are_deterministic_algorithms_enabled()  # a training in this process leaves them on
+    code = WRITE.format(
+        tests=str(Path(__file__).parent), folder=str(tmp_path / "there"), formats=formats, deterministic=other
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={"PYTHONHASHSEED": "7"})
     for name, path in here.items():
         assert path.read_bytes() == (tmp_path / "there" / FILES[name]).read_bytes(), name
