@@ -18,7 +18,7 @@ from transforms.errors import BundleError
 
 _NORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "instance": ("INSTANCE", {"affine": True}),
-    "batch": ("BATCH", {}),
+    "batch": ("BATCH", {"momentum": 0.03}),  # batches of few patches: the statistics need many of them
 }
 _LEAKY_RELU = ("leakyrelu", {"inplace": True, "negative_slope": 0.01})
 

@@ -36,6 +36,9 @@ def averaged_network(network: torch.nn.Module, decay: float) -> AveragedModel:
     def follow(average: Tensors, current: Tensors, updates: torch.Tensor | int) -> None:
         weight = 1.0 - ramped_decay(int(updates), decay)
         for mean, value in zip(average, current, strict=True):
-            mean.lerp_(value.to(mean.dtype), weight)
+            if mean.is_floating_point():
+                mean.lerp_(value.to(mean.dtype), weight)
+            else:
+                mean.copy_(value)  # how often batch normalisation has looked
 
-    return AveragedModel(network, multi_avg_fn=follow)
+    return AveragedModel(network, multi_avg_fn=follow, use_buffers=True)

@@ -1,7 +1,7 @@
 """What a training step does when something is wrong: name it, keep the evidence, go on only as long as that is sound.
 
-A loss or a gradient that is not finite never reaches the weights: the step is left out, the batch is kept for
-``fiducial replay``, and the third one ends the run. Memory that does not suffice and dead workers are explained.
+A loss or a gradient that is not finite never reaches weights or running statistics: the step is left out, the batch is
+kept for ``fiducial replay``, and the third one ends the run. Missing memory and dead workers are explained.
 """
 
 from __future__ import annotations
@@ -43,9 +43,12 @@ class FaultTolerantTrainer(SupervisedTrainer):
     """MONAI's trainer, in which a handler of a step may raise ``StepSkipped``."""
 
     def _iteration(self, engine: Any, batchdata: dict[str, torch.Tensor]) -> dict:
+        statistics = [(buffer, buffer.clone()) for buffer in engine.network.buffers()]  # of batch normalisation
         try:
             return super()._iteration(engine, batchdata)
         except StepSkipped:
+            for buffer, before in statistics:
+                buffer.copy_(before)
             # with accumulation, the batches before it in the same optimiser step are given up with it
             engine.optimizer.zero_grad(set_to_none=True)
             return engine.state.output

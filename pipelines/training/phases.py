@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from pipelines.names import nearest
+from pipelines.training.distributed import world_size
 from transforms.errors import BundleError
 
 EVERYTHING = ".*"
@@ -105,8 +106,8 @@ def parameter_groups(network: nn.Module, phase: Phase) -> list[dict[str, Any]]:
     """Freeze what does not learn in ``phase``; return one group of parameters per rate, for an optimiser.
 
     Raises:
-        BundleError: a parameter has two rates, an expression finds none, or a frozen module has statistics of batches,
-            which would go on changing.
+        BundleError: a parameter has two rates, an expression finds none, or a module has running statistics of batches
+            and is frozen, or its batches are too small or shared among processes.
     """
     groups: dict[str, list[nn.Parameter]] = {pattern: [] for pattern in phase.rates}
     for name, parameter in network.named_parameters():
@@ -128,24 +129,37 @@ def parameter_groups(network: nn.Module, phase: Phase) -> list[dict[str, Any]]:
                 f"the network has {len(names)} parameters, {names[0]} to {names[-1]}",
                 "correct the expression",
             )
-    _refuse_moving_statistics(network, phase)
+    _refuse_bad_statistics(network, phase)
     return [{"params": groups[p], "lr": rate, "name": p} for p, rate in phase.rates.items()]
 
 
-def _refuse_moving_statistics(network: nn.Module, phase: Phase) -> None:
-    for name, module in network.named_modules():
+def _refuse_bad_statistics(network: nn.Module, phase: Phase) -> None:
+    """Refuse running statistics (batch normalisation) that move while frozen, or that are not those of a batch."""
+    kept = [
+        (name, module)
+        for name, module in network.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None
+    ]
+    for name, module in kept:
         own = list(module.parameters(recurse=False))
-        if (
-            isinstance(module, nn.modules.batchnorm._NormBase)
-            and module.running_mean is not None
-            and own
-            and not any(parameter.requires_grad for parameter in own)
-        ):
+        if own and not any(parameter.requires_grad for parameter in own):
             raise BundleError(
                 f"phase {phase.name}: {name} is frozen but has running statistics",
                 "they would go on moving while its parameters stand still",
                 "let it learn, or build the network with another normalisation",
             )
+    if kept and world_size() > 1:
+        raise BundleError(
+            f"phase {phase.name}: batch normalisation in {world_size()} processes",
+            "each would measure its own patches, and the result would not be that of one process",
+            "train in one process, or with --norm instance",
+        )
+    if kept and phase.batch_size < 2:
+        raise BundleError(
+            f"phase {phase.name}: batch normalisation with batch_size {phase.batch_size}",
+            "a patch would be scaled by itself in training, and by the running statistics afterwards",
+            "take a batch_size of 2 or more, or --norm instance",
+        )
 
 
 def optimizer_for(factory: Any, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -52,6 +52,18 @@ def test_it_equals_the_closed_form() -> None:
     assert float(average.module.weight) == pytest.approx(expected, abs=1e-6)
 
 
+def test_running_statistics_are_averaged_like_weights() -> None:
+    # Three batches, of a constant 2, 4, 8; momentum 1 takes the last: running means 2, 4, 8. First 2 as it is, then
+    # d = 2/11: (2 * 2 + 9 * 4) / 11 = 40/11, then d = 3/12: 40/11 / 4 + 8 * 3/4 = 10/11 + 6 = 76/11.
+    network = nn.BatchNorm3d(1, momentum=1.0)
+    average = averaged_network(network, 0.99)
+    for value in (2.0, 4.0, 8.0):
+        network(torch.full((2, 1, 2, 2, 2), value))
+        average.update_parameters(network)
+    assert float(average.module.running_mean) == pytest.approx(76 / 11, abs=1e-6)
+    assert int(average.module.num_batches_tracked) == 3
+
+
 def test_decay_zero_is_the_network_itself() -> None:
     network = nn.Sequential(nn.Conv3d(1, 2, 3), nn.BatchNorm3d(2))
     average = averaged_network(network, 0.0)

@@ -124,6 +124,17 @@ def test_two_steps_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCapt
     assert np.isfinite(result["history"][0]["loss"])
 
 
+def test_a_step_left_out_leaves_no_trace_in_running_statistics(tmp_path: Path) -> None:
+    """The batch passes the network before its loss is known: statistics of NaN would spoil every later validation."""
+    network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.BatchNorm3d(4), nn.Conv3d(4, 2, 3, padding=1))
+    run = small_run(tmp_path, data=with_nan("epoch1_sample3"), plan=FOUR, network=network)
+    run.run()
+    for normalisation in (run.network[1], run.average.module[1]):
+        assert int(normalisation.num_batches_tracked) == 3
+        assert bool(torch.isfinite(normalisation.running_mean).all())
+        assert bool(torch.isfinite(normalisation.running_var).all())
+
+
 def test_the_mean_of_the_epoch_is_that_of_the_steps_that_were_taken(tmp_path: Path) -> None:
     losses: list[float] = []
 

@@ -137,6 +137,23 @@ def test_options_build(residual: bool, norm: str) -> None:
     assert nn.LeakyReLU in kinds
 
 
+@pytest.mark.parametrize(("norm", "same"), [("instance", False), ("batch", True)])
+def test_what_a_window_shows_far_away(norm: str, same: bool) -> None:
+    """Air at one end of a window and the answer at the other, 40 voxels away: the convolutions see half as far.
+
+    To one side, in voxels: 2 at full size, 3 at half, 6 at a quarter, and on the way up 4 at half and 2 at full size,
+    with at most 3 for either transposed convolution.
+    """
+    torch.manual_seed(0)
+    network = segmentation_network(3, 1, 2, ISOTROPIC, (64, 16, 16), filters=[4, 8, 16], norm=norm).eval()
+    image = torch.randn(1, 1, 64, 16, 16)
+    with_air = image.clone()
+    with_air[:, :, 48:] = 0
+    with torch.no_grad():
+        near, other = network(image)[:, :, :8], network(with_air)[:, :, :8]
+    assert torch.allclose(near, other, atol=1e-6) == same
+
+
 def test_default_filters_and_heads_are_the_plan() -> None:
     network = dynunet(1, 2, (1, 1), (64, 64))  # 64-32-16-8-4
     assert tuple(network.filters) == (32, 64, 128, 256, 320)

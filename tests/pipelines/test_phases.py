@@ -125,6 +125,19 @@ def test_frozen_statistics_of_batches_are_refused_by_name() -> None:
     parameter_groups(nn.Sequential(nn.InstanceNorm3d(2, affine=True), nn.Conv3d(2, 2, 1)), phase(rates={"^1": 0.1}))
 
 
+def test_statistics_of_one_patch_or_of_one_process_of_several_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Sequential(nn.Conv3d(1, 2, 1), nn.BatchNorm3d(2))
+    without = nn.Sequential(nn.Conv3d(1, 2, 1), nn.InstanceNorm3d(2, affine=True))
+    parameter_groups(net, phase(batch_size=2))
+    parameter_groups(without, phase(batch_size=1))
+    with pytest.raises(BundleError, match="batch normalisation with batch_size 1"):
+        parameter_groups(net, phase(batch_size=1))
+    monkeypatch.setattr("pipelines.training.phases.world_size", lambda: 2)
+    parameter_groups(without, phase(batch_size=2))
+    with pytest.raises(BundleError, match="batch normalisation in 2 processes"):
+        parameter_groups(net, phase(batch_size=2))
+
+
 def test_the_optimizer_takes_every_rate_as_given() -> None:
     groups = parameter_groups(network(), phase(rates={"^head": 0.1, "encoder": 0.01}))
     optimizer = optimizer_for(partial(torch.optim.AdamW, weight_decay=0.5), groups)
