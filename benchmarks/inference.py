@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 BUNDLE = "brain_lesion_mri_segmentation"
-VARIANTS = {  # region, overlap, backend
+VARIANTS = {  # region, overlap (None = no windows, the region at once), backend
     "MONAI eager, whole scan, overlap .5": ("whole", 0.5, "eager"),
     "openvino bf16, box, overlap .25": ("box", 0.25, "openvino:bf16"),
     "openvino, box, overlap .25": ("box", 0.25, "openvino"),
@@ -37,6 +37,9 @@ VARIANTS = {  # region, overlap, backend
     "openvino bf16, box, overlap .5": ("box", 0.5, "openvino:bf16"),
     "openvino, box, overlap .5": ("box", 0.5, "openvino"),
     "eager, box, overlap .5": ("box", 0.5, "eager"),
+    "eager, box at once": ("box", None, "eager"),
+    "openvino, box at once": ("box", None, "openvino"),
+    "openvino bf16, box at once": ("box", None, "openvino:bf16"),
 }
 
 
@@ -62,22 +65,27 @@ def prepare(weights: Path, scan: Path, folder: Path) -> dict[str, Any]:
     return {"place": [[part.start, part.stop] for part in place], "patch": contract["patch_size"]}
 
 
+def network_of(weights: Path) -> torch.nn.Module:
+    """Return the network with its weights."""
+    from pipelines.runner import bundle_parser
+
+    with bundle_parser(BUNDLE, "inference", {"checkpoint": str(weights), "backend": "torch"}) as parser:
+        return parser.get_parsed_content("network").eval()
+
+
 def measure(name: str, weights: Path, folder: Path, patch: list[int]) -> None:
     """Run one variant once and print its figures; the label map goes to ``mask.npy``."""
     from monai.inferers import SlidingWindowInferer
 
-    from pipelines.inference import AutocastInferer, open_backend
-    from pipelines.runner import bundle_parser
+    from pipelines.inference import AutocastInferer, WholeImageInferer, open_backend
+    from pipelines.networks import input_divisor
 
     region, overlap, backend = VARIANTS[name]
-    if backend in ("eager", "bf16"):
-        with bundle_parser(BUNDLE, "inference", {"checkpoint": str(weights), "backend": "torch"}) as parser:
-            network = parser.get_parsed_content("network").eval()
-    else:
-        network = open_backend(backend, weights.parent)
-    inferer = AutocastInferer(
-        "bf16" if backend == "bf16" else "fp32", SlidingWindowInferer(patch, 2, overlap, mode="gaussian")
-    )
+    plain = network_of(weights)
+    network = plain if backend in ("eager", "bf16") else open_backend(backend, weights.parent)
+    windows = SlidingWindowInferer(patch, 2, overlap or 0.0, mode="gaussian")
+    whole = WholeImageInferer(input_divisor(plain, 3) or patch)
+    inferer = AutocastInferer("bf16" if backend == "bf16" else "fp32", whole if overlap is None else windows)
     image = torch.from_numpy(np.load(folder / f"{region}.npy"))[None]
     with torch.no_grad():
         inferer(image[:, :, : patch[0], : patch[1], : patch[2]], network)  # compiles, where the backend does

@@ -12,7 +12,6 @@ import copy
 import io
 import json
 import logging
-import math
 import re
 import warnings
 import zipfile
@@ -21,14 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from monai.networks.nets.dynunet import DynUNet
 from torch import nn
 from torch.export import Dim, ExportedProgram, export
 
 from pipelines.export.archive import write_archive
 from pipelines.files import write_atomically
 from pipelines.names import nearest
-from pipelines.networks import SliceStackNetwork
+from pipelines.networks import SliceStackNetwork, input_divisor
 from transforms.errors import BundleError, UsageError
 
 if TYPE_CHECKING:
@@ -132,23 +130,6 @@ def write_formats_of(
 def input_channels(contract: Mapping[str, Any]) -> int:
     """Return the channels of the input: the modalities; of a denoiser MRI, windows of the CT, guess, x_t and t."""
     return len(contract["windows"]) + 4 if "schedule" in contract else len(contract["modalities"])
-
-
-def input_divisor(network: nn.Module, axes: int) -> tuple[int, ...] | None:
-    """Return what each spatial axis must be a multiple of, 1 where slices are taken one by one; None = it is not said.
-
-    Args:
-        network: MONAI's ``DynUNet``, or any in which a module has the attribute ``divisor``.
-        axes: spatial axes of its input.
-    """
-    for module in network.modules():
-        divisor = getattr(module, "divisor", None)
-        if isinstance(module, DynUNet):
-            per_stage = [[s] * axes if isinstance(s, int) else list(s) for s in module.strides]
-            divisor = [math.prod(along) for along in zip(*per_stage, strict=True)]
-        if divisor is not None:
-            return (*(int(step) for step in divisor), *[1] * (axes - len(divisor)))
-    return None
 
 
 def require_onnx() -> None:

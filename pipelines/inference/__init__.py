@@ -4,7 +4,13 @@ from pipelines.inference.backends import ExportedNetwork, exported_network, open
 from pipelines.inference.components import RemoveSmallComponents, RemoveSmallComponentsd, remove_small_components
 from pipelines.inference.ensemble import EnsembleInferer, SplitUncertaintyd, predictive_entropy
 from pipelines.inference.fusion_output import SaveFusion
-from pipelines.inference.inferers import AutocastInferer, FlipAveragingInferer, choose_precision
+from pipelines.inference.inferers import (
+    AutocastInferer,
+    FlipAveragingInferer,
+    WholeImageInferer,
+    choose_precision,
+    windows_or_whole,
+)
 from pipelines.inference.output import SavePredictions, segmentation_nifti, uncertainty_nifti, volumes
 from pipelines.inference.sampling import SamplingInferer, ddim_step, distance_to_guess, sampling_times
 
@@ -19,6 +25,7 @@ __all__ = [
     "SaveFusion",
     "SavePredictions",
     "SplitUncertaintyd",
+    "WholeImageInferer",
     "choose_precision",
     "ddim_step",
     "distance_to_guess",
@@ -30,4 +37,5 @@ __all__ = [
     "segmentation_nifti",
     "uncertainty_nifti",
     "volumes",
+    "windows_or_whole",
 ]

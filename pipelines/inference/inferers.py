@@ -5,15 +5,23 @@ Each is a MONAI ``Inferer`` and takes another one, so that a bundle composes the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from itertools import chain, combinations
 from typing import Any
 
 import torch
-from monai.inferers import Inferer, SimpleInferer
+from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
+from monai.utils import convert_to_dst_type
+from torch.nn.modules.instancenorm import _InstanceNorm
 
+from pipelines.names import nearest
+from pipelines.networks import input_divisor
 from transforms.errors import BundleError
 
+logger = logging.getLogger(__name__)
+
+WINDOWS = ("patch", "whole")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -68,6 +76,61 @@ class AutocastInferer(Inferer):
                 return network(window, *a, **k).float()
 
         return self.inferer(inputs, in_reduced_precision, *args, **kwargs)
+
+
+class WholeImageInferer(Inferer):
+    """Call the network once for a whole image, padded behind with zeros to a size that the network takes.
+
+    Nothing is computed twice, as windows that overlap are; memory grows with the image. It is for networks whose answer
+    does not hang on what else they see (batch normalisation): with instance normalisation it is another answer than
+    that of the windows which the network learnt from.
+
+    Args:
+        divisor: what the size along each axis must be a multiple of, see ``pipelines.networks.input_divisor``.
+
+    Returns:
+        What the network returns, (B, K, *spatial), on the image's own grid.
+    """
+
+    def __init__(self, divisor: Sequence[int]) -> None:
+        super().__init__()
+        self.divisor = tuple(int(step) for step in divisor)
+
+    def __call__(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+        size = inputs.shape[2:]
+        missing = [-length % step for length, step in zip(size, self.divisor, strict=True)]
+        behind = [amount for pad in reversed(missing) for amount in (0, pad)]
+        result = network(torch.nn.functional.pad(inputs, behind), *args, **kwargs)
+        cropped = result[(..., *(slice(length) for length in size))]
+        return convert_to_dst_type(cropped, inputs, dtype=cropped.dtype)[0]  # the grid of the image stays with it
+
+
+def windows_or_whole(
+    window: str, patch_size: Sequence[int], overlap: float, network: torch.nn.Module, windows_per_call: int = 2
+) -> Inferer:
+    """Return the inferer of a volume: ``patch``, MONAI's Gaussian-blended windows; ``whole``, one call for all.
+
+    Args:
+        window: ``patch`` or ``whole``; the second is warned of where the network has instance normalisation.
+        patch_size: of the training, three axes.
+        overlap: of neighbouring windows, as a share of one.
+        network: that will be called, or of its architecture: tells which sizes it takes.
+        windows_per_call: windows that the network gets at once.
+
+    Raises:
+        BundleError: another name.
+    """
+    if window not in WINDOWS:
+        raise BundleError(f"window {window!r}", f"expected {' or '.join(WINDOWS)}", nearest(window, WINDOWS))
+    if window == "patch":
+        return SlidingWindowInferer(patch_size, windows_per_call, overlap, mode="gaussian")
+    if any(isinstance(module, _InstanceNorm) for module in network.modules()):
+        logger.warning(
+            "window whole: this network normalises by what it sees, and has learnt from windows of %s voxels; "
+            "its answer will be another one, so measure it first (`fiducial evaluate ... --window whole`)",
+            "x".join(map(str, patch_size)),
+        )
+    return WholeImageInferer(input_divisor(network, len(patch_size)) or patch_size)
 
 
 def class_probabilities(logits: torch.Tensor) -> torch.Tensor:

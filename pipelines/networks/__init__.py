@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+from monai.networks.nets.dynunet import DynUNet
 from torch import nn
 
 from pipelines.networks.denoiser import ConditionalDenoiser, conditional_denoiser
@@ -19,6 +21,7 @@ __all__ = [
     "UNetPlan",
     "conditional_denoiser",
     "dynunet",
+    "input_divisor",
     "plan_unet",
     "segmentation_network",
 ]
@@ -75,3 +78,20 @@ def segmentation_network(
         norm,
     )
     return SliceStackNetwork(network2d, stack_slices)
+
+
+def input_divisor(network: nn.Module, axes: int) -> tuple[int, ...] | None:
+    """Return what each spatial axis must be a multiple of, 1 where slices are taken one by one; None = it is not said.
+
+    Args:
+        network: MONAI's ``DynUNet``, or any in which a module has the attribute ``divisor``.
+        axes: spatial axes of its input.
+    """
+    for module in network.modules():
+        divisor = getattr(module, "divisor", None)
+        if isinstance(module, DynUNet):
+            per_stage = [[s] * axes if isinstance(s, int) else list(s) for s in module.strides]
+            divisor = [math.prod(along) for along in zip(*per_stage, strict=True)]
+        if divisor is not None:
+            return (*(int(step) for step in divisor), *[1] * (axes - len(divisor)))
+    return None

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines.export.formats import FILES, input_divisor, write_formats
-from pipelines.networks import conditional_denoiser, segmentation_network
+from pipelines.export.formats import FILES, write_formats
+from pipelines.networks import conditional_denoiser, input_divisor, segmentation_network
 from transforms.errors import BundleError, UsageError
 
 needs_onnx = pytest.mark.skipif(

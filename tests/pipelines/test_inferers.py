@@ -10,8 +10,15 @@ from monai.data import MetaTensor
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 from torch import nn
 
-from pipelines.inference import AutocastInferer, FlipAveragingInferer, choose_precision
+from pipelines.inference import (
+    AutocastInferer,
+    FlipAveragingInferer,
+    WholeImageInferer,
+    choose_precision,
+    windows_or_whole,
+)
 from pipelines.inference import inferers as module
+from pipelines.networks import segmentation_network
 from transforms.errors import BundleError
 
 
@@ -89,6 +96,58 @@ def test_the_grid_of_the_image_stays_with_the_probabilities() -> None:
     affine = torch.diag(torch.tensor([0.5, 1.0, 3.0, 1.0], dtype=torch.float64))
     result = FlipAveragingInferer(SimpleInferer(), (0,))(MetaTensor(image(), affine=affine), Pointwise())
     torch.testing.assert_close(result.affine, affine)
+
+
+def test_the_whole_image_is_padded_for_the_network_and_cropped_after_it() -> None:
+    # 6x5x4 in multiples of 4, 2 and 1 is 8x6x4; what is behind is 0, what is before is the image
+    seen: list[torch.Tensor] = []
+
+    def network(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.as_tensor())
+        return x[:, :1] + 1
+
+    affine = torch.diag(torch.tensor([0.5, 1.0, 3.0, 1.0], dtype=torch.float64))
+    result = WholeImageInferer((4, 2, 1))(MetaTensor(image(), affine=affine), network)
+    (given,) = seen
+    assert given.shape == (1, 2, 8, 6, 4)
+    assert torch.equal(given[:, :, :6, :5], image())
+    assert float(given[:, :, 6:].abs().sum() + given[:, :, :, 5:].abs().sum()) == 0
+    torch.testing.assert_close(result.as_tensor(), image()[:, :1] + 1)
+    torch.testing.assert_close(result.affine, affine)
+
+
+def small_unet(norm: str) -> nn.Module:
+    torch.manual_seed(0)
+    return segmentation_network(3, 2, 2, [1.0] * 3, [16] * 3, [4, 8, 8], norm=norm).eval()
+
+
+def test_whole_is_what_windows_are_away_from_their_edges() -> None:
+    """Windows of 64 on 96 voxels: 0 to 64 and 32 to 96. A network of three stages sees 20 voxels to each side.
+
+    The first third is the first window's alone, and 32 or more from its edge; the last is the second's. In the middle
+    both are blended, and their edges show.
+    """
+    network, scan = small_unet("batch"), image(shape=(1, 2, 96, 16, 16))
+    with torch.no_grad():
+        whole = windows_or_whole("whole", [16] * 3, 0.5, network)(scan, network)
+        windows = windows_or_whole("patch", [64, 16, 16], 0.0, network)(scan, network)
+    for alone in (slice(0, 32), slice(64, 96)):
+        torch.testing.assert_close(windows[:, :, alone], whole[:, :, alone], rtol=0, atol=1e-5)
+    assert not torch.allclose(windows[:, :, 32:64], whole[:, :, 32:64], atol=1e-3)
+
+
+def test_whole_is_warned_of_where_what_it_sees_changes_the_answer(caplog: pytest.LogCaptureFixture) -> None:
+    windows_or_whole("whole", [16] * 3, 0.5, small_unet("batch"))
+    windows_or_whole("patch", [16] * 3, 0.5, small_unet("instance"))
+    assert caplog.records == []
+    windows_or_whole("whole", [16] * 3, 0.5, small_unet("instance"))
+    assert "has learnt from windows of 16x16x16 voxels" in caplog.text
+
+
+def test_a_window_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(BundleError, match="window 'hole'") as caught:
+        windows_or_whole("hole", [16] * 3, 0.5, small_unet("batch"))
+    assert "whole" in caught.value.fix
 
 
 @pytest.mark.parametrize("axes", [(0, 0), (-1,)])
