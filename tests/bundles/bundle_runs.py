@@ -17,6 +17,9 @@ MODALITIES = ("flair", "t1")
 # one step of a tiny network: whether something runs, not whether it learns
 QUICK = ["--max_epochs", "1", "--steps_per_epoch", "1", "--warmup_epochs", "0", "--spacing", "[3.0,3.0,3.0]"]
 QUICK += ["--patch_size", "[16,16,16]", "--filters", "[4,8,8]"]
+# what is small enough for a test and still learns; the rest is the bundle's default
+SMALL = ["--spacing", "[3.0,3.0,3.0]", "--patch_size", "[32,32,32]", "--filters", "[16,32,64]", "--max_epochs", "24"]
+SMALL += ["--steps_per_epoch", "30", "--val_interval", "4", "--learning_rate", "0.005"]
 
 
 def monai_bundle(config: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -5,13 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from bundle_runs import BUNDLE, import_data, monai_bundle, write_tiny_data
+from bundle_runs import BUNDLE, SMALL, import_data, monai_bundle, write_tiny_data
 
 from pipelines.embedded import head_cohort
-
-# what is small enough for a test and still learns; the rest is the bundle's default
-SMALL = ["--spacing", "[3.0,3.0,3.0]", "--patch_size", "[32,32,32]", "--filters", "[16,32,64]", "--max_epochs", "24"]
-SMALL += ["--steps_per_epoch", "30", "--val_interval", "4", "--learning_rate", "0.005"]
 
 
 @pytest.fixture(scope="session")

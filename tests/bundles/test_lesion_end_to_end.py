@@ -11,12 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from bundle_runs import BUNDLE, monai_bundle
+from bundle_runs import BUNDLE, SMALL, monai_bundle
 from monai.bundle import ConfigWorkflow
 
 from pipelines.cli import main
 from pipelines.manifests import load_manifest
 from pipelines.runner import working_directory
+from pipelines.tensorfile import read_tensors, write_tensors
 
 pytestmark = pytest.mark.slow
 
@@ -106,6 +107,23 @@ def test_prediction_of_a_folder(trained: Path, cohort: Path, tmp_path: Path) -> 
     assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.5  # the mask lies where the lesion is, not mirrored
 
 
+def test_with_batch_normalisation_and_without_windows_it_learns_too(
+    cohort: Path, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = ["--runs_dir", str(tmp_path), "--run_name", "batch", "--manifest", str(cohort)]
+    cache = ["--cache_dir", str(trained.parent.parent / "cache")]
+    assert main(["train", str(BUNDLE), *runs, *cache, *SMALL, "--norm", "batch", "--window", "whole"]) == 0
+    run = tmp_path / BUNDLE.name / "batch"
+    assert json.loads((run / "record.json").read_text())["outcome"]["best_metric"] > 0.5
+    assert main(["evaluate", str(BUNDLE), *runs, "--window", "whole"]) == 0
+    whole = pd.read_csv(run / "metrics" / "per_case.csv")["dice"]
+    assert main(["evaluate", str(BUNDLE), *runs, "--overlap", "0.75", "--output_dir", str(tmp_path / "windows")]) == 0
+    windows = pd.read_csv(tmp_path / "windows" / "metrics" / "per_case.csv")["dice"]
+    assert whole.mean() > 0.5
+    assert (whole - windows).abs().max() < 0.05  # what is left are the edges of the windows
+    assert "normalises by what it sees" not in caplog.text
+
+
 def test_the_same_by_our_command(
     evaluated: Path, cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,11 +164,25 @@ def test_a_run_never_enters_the_folder_of_another(
     assert sorted(path.stat().st_mtime_ns for path in trained.rglob("*")) == before
 
 
+def test_weights_from_before_normalisation_was_a_choice(evaluated: Path, cohort: Path, tmp_path: Path) -> None:
+    tensors, header = read_tensors(evaluated / "checkpoints" / "best.safetensors")
+    assert header["contract"].pop("norm") == "instance"
+    write_tensors(tmp_path / "old.safetensors", tensors, header)
+    given = [
+        "--manifest",
+        str(cohort),
+        "--checkpoint",
+        str(tmp_path / "old.safetensors"),
+        "--output_dir",
+        str(tmp_path),
+    ]
+    assert main(["evaluate", str(BUNDLE), *given]) == 0
+    assert (tmp_path / "metrics" / "per_case.csv").read_bytes() == (evaluated / "metrics" / "per_case.csv").read_bytes()
+
+
 def test_weights_of_another_architecture(
     trained: Path, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pipelines.tensorfile import read_tensors, write_tensors
-
     tensors, header = read_tensors(trained / "checkpoints" / "best.safetensors")
     header["contract"]["filters"] = [8, 16, 32]
     planted = tmp_path / "planted.safetensors"
