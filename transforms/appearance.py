@@ -109,7 +109,7 @@ class RandAppearanced(RandomizableTransform, MapTransform):
         keys: pairs (2, X, Y, Z): MRI, and CT in HU; MetaTensor, or an array with ``spacing_mm``. Returned as float32.
         prob: of each kind of change; 0 = never any.
         bone_gain, mri_gamma: (lowest, highest), positive.
-        bone_spread, ct_blur_mm, mri_blur_mm: the highest.
+        bone_spread, ct_blur_mm, mri_blur_mm: the highest. Blurred MRI teaches a network that lesions may be faint.
         spacing_mm: voxel size along the axes; None = of the affine.
         scale_key: of ``MeasurePaird``.
 
@@ -125,7 +125,7 @@ class RandAppearanced(RandomizableTransform, MapTransform):
         bone_gain: tuple[float, float] = (0.3, 1.2),
         bone_spread: float = 0.3,
         ct_blur_mm: float = 3.0,
-        mri_blur_mm: float = 2.0,
+        mri_blur_mm: float = 0.0,
         mri_gamma: tuple[float, float] = (0.6, 1.6),
         spacing_mm: Sequence[float] | None = None,
         scale_key: str = "mri_scale",

@@ -84,7 +84,8 @@ def test_a_seed_gives_the_same_head_again_and_another_seed_another() -> None:
 
 
 def test_each_kind_comes_with_its_probability_and_within_its_range() -> None:
-    transform = RandAppearanced("image", prob=0.5, bone_gain=(0.3, 1.2), mri_gamma=(0.6, 1.6)).set_random_state(0)
+    ranges = {"bone_gain": (0.3, 1.2), "mri_gamma": (0.6, 1.6), "mri_blur_mm": 1.0}
+    transform = RandAppearanced("image", prob=0.5, **ranges).set_random_state(0)  # type: ignore[arg-type]
     drawn = []
     for _ in range(400):
         transform.randomize()
