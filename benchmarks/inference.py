@@ -1,9 +1,10 @@
 """How long does a whole volume take, and how much memory, by MONAI on the weights and by exported networks?
 
 One case goes through the bundle's preprocessing once. Then every variant runs in a process of its own, round by round
-in turn: MONAI's ``SlidingWindowInferer`` with the network in float32 on the whole scan at overlap .5, and the same
-windows on the foreground's box with fewer overlaps and other backends. Prints medians of CPU time and wall time, the
-ratio of CPU times to the first, the peak of resident memory, and the label maps' Dice difference to the first.
+in turn: MONAI's ``SlidingWindowInferer`` with the network in float32 on the whole scan at overlap .5, and on the
+foreground's box the same windows, fewer overlaps, or no windows at all, and other backends. Prints medians of CPU time
+and wall time, the ratio of CPU times to the first, the peak of resident memory, and the label maps' Dice difference to
+the first.
 Export first: `write_formats_of(bundle, weights)` of `pipelines.export.formats`.
 
     .venv/bin/python benchmarks/inference.py --weights models/model.safetensors --scan CASE [--truth lesion.nii.gz]
@@ -75,17 +76,13 @@ def network_of(weights: Path) -> torch.nn.Module:
 
 def measure(name: str, weights: Path, folder: Path, patch: list[int]) -> None:
     """Run one variant once and print its figures; the label map goes to ``mask.npy``."""
-    from monai.inferers import SlidingWindowInferer
-
-    from pipelines.inference import AutocastInferer, WholeImageInferer, open_backend
-    from pipelines.networks import input_divisor
+    from pipelines.inference import AutocastInferer, open_backend, windows_or_whole
 
     region, overlap, backend = VARIANTS[name]
     plain = network_of(weights)
     network = plain if backend in ("eager", "bf16") else open_backend(backend, weights.parent)
-    windows = SlidingWindowInferer(patch, 2, overlap or 0.0, mode="gaussian")
-    whole = WholeImageInferer(input_divisor(plain, 3) or patch)
-    inferer = AutocastInferer("bf16" if backend == "bf16" else "fp32", whole if overlap is None else windows)
+    windows = windows_or_whole("whole" if overlap is None else "patch", patch, overlap or 0.0, plain)
+    inferer = AutocastInferer("bf16" if backend == "bf16" else "fp32", windows)
     image = torch.from_numpy(np.load(folder / f"{region}.npy"))[None]
     with torch.no_grad():
         inferer(image[:, :, : patch[0], : patch[1], : patch[2]], network)  # compiles, where the backend does
