@@ -41,6 +41,11 @@ VARIANTS = {  # region, overlap (None = no windows, the region at once), backend
     "eager, box at once": ("box", None, "eager"),
     "openvino, box at once": ("box", None, "openvino"),
     "openvino bf16, box at once": ("box", None, "openvino:bf16"),
+    # where the windows go as they overlap more
+    **{
+        f"openvino bf16, box, overlap {overlap}": ("box", overlap, "openvino:bf16")
+        for overlap in (0.35, 0.4, 0.6, 0.75)
+    },
 }
 
 
