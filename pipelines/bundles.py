@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import logging
 import sys
-import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.utils import set_determinism
 
+from pipelines.explain import explain_errors
 from pipelines.manifests import Manifest
 from pipelines.preflight.configuration import lint
 from pipelines.training.distributed import is_main_process, refuse_unjoined_processes, world_size
 from pipelines.training.resume import refuse_other_setup
 from pipelines.training.run_folder import environment, write_record
-from transforms.errors import BundleError, FiducialError, find_error
+from transforms.errors import BundleError
 
 logger = logging.getLogger(__name__)
 
@@ -99,37 +98,3 @@ def calling_config() -> Mapping[str, Any]:
     raise BundleError(
         "no bundle is running", "this is called from a bundle's configuration", "run it with monai.bundle"
     )
-
-
-def explain_errors() -> None:
-    """Print an uncaught error as three lines and exit with its code, whoever started this process."""
-    sys.excepthook = _three_lines_and_code
-
-
-def _three_lines_and_code(kind: type[BaseException], exception: BaseException, trace: TracebackType | None) -> None:
-    sys.exit(report(exception, debug="--debug" in sys.argv))
-
-
-def report(exception: BaseException, debug: bool = False) -> int:
-    """Print an error in three lines to standard error, with a traceback only where asked, and return the exit code."""
-    if debug:
-        traceback.print_exception(exception)
-    error = find_error(exception)
-    if error is None:
-        if isinstance(exception, KeyboardInterrupt):
-            print("interrupted", file=sys.stderr)
-            return 130
-        root = _root_cause(exception)
-        error = FiducialError(
-            f"{type(root).__name__}: {str(root) or 'no message'}",
-            "nothing in Fiducial expected this",
-            "run `fiducial --debug ...` for the traceback, and report it if the input is sound",
-        )
-    print(error, file=sys.stderr)
-    return error.exit_code
-
-
-def _root_cause(exception: BaseException) -> BaseException:
-    while exception.__cause__ is not None:
-        exception = exception.__cause__
-    return exception

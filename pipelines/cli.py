@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 
 from pipelines.cli_hospital import add_hospital_commands
 from pipelines.cli_manifest import add_manifest_commands
+from pipelines.explain import report
 from pipelines.overrides import overrides_of
 from transforms.errors import UsageError
 
@@ -41,8 +42,6 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code (0, or as in ``transforms.errors``)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    from pipelines.bundles import report
-
     try:
         options, rest = _parser().parse_known_args(given)
         if rest and not getattr(options, "takes_overrides", False):
@@ -107,18 +106,19 @@ def _add_bundle_command(commands: Any, name: str, config: str, text: str) -> Non
 
 
 def _run_bundle(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    overrides = overrides_of(rest)
     if getattr(options, "folds", None) is not None:
-        _cross_validate(options, overrides_of(rest))
+        _cross_validate(options, overrides)
         return
-    if options.command == "predict" and _predicts_dicom(options, rest):
+    if options.command == "predict" and _predicts_dicom(options, overrides):
         return
     from pipelines.runner import run_bundle
 
     named = {key: getattr(options, key) for key in ("input", "output_dir") if hasattr(options, key)}
-    run_bundle(options.bundle, options.config, {**overrides_of(rest), **named}, options.variant)
+    run_bundle(options.bundle, options.config, {**overrides, **named}, options.variant)
 
 
-def _predicts_dicom(options: argparse.Namespace, rest: Sequence[str]) -> bool:
+def _predicts_dicom(options: argparse.Namespace, overrides: dict[str, Any]) -> bool:
     """Predict on DICOM if the input is that; return whether it was."""
     from pipelines.dicom.detect import is_dicom, require_extra
 
@@ -127,7 +127,7 @@ def _predicts_dicom(options: argparse.Namespace, rest: Sequence[str]) -> bool:
     require_extra()
     from pipelines.dicom.predict import check_request, predict_dicom
 
-    request = check_request(options.bundle, overrides_of(rest), options.variant)
+    request = check_request(options.bundle, overrides, options.variant)
     for path in predict_dicom(request, options.input, options.output_dir, print):
         print(path)
     return True
@@ -154,9 +154,9 @@ def _add_check_command(commands: Any) -> None:
 
 
 def _check(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    overrides = overrides_of(rest)
     from pipelines.preflight.check import Asked, check_bundle
 
-    overrides = overrides_of(rest)
     asked = Asked(options.bundle, options.config, overrides, options.variant, options.smoke, options.memory)
     check_bundle(asked, options.output)
 

@@ -57,7 +57,7 @@ def _add_verify_command(commands: Any) -> None:
 
 
 def _verify(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    from pipelines.export.package import unpack
+    from pipelines.export.archive import unpack
     from pipelines.export.verify import verify
 
     verified = verify(options.bundle, options.allowed_signers, options.unsigned)

@@ -8,6 +8,7 @@ archive gives itself. A bit that is flipped anywhere, also where no reader looks
 from __future__ import annotations
 
 import hashlib
+import shutil
 import stat
 import struct
 import tempfile
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from transforms.errors import DataError
+from transforms.errors import DataError, ResourceError, UsageError
 
 FIXED_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that the format knows
 FILE_MODE = stat.S_IFREG | 0o644
@@ -126,6 +127,36 @@ def check_names(names: list[str], where: str) -> None:
         for parent in PurePosixPath(name).parents:
             if str(parent) in seen:
                 raise _refused(where, f"{seen[str(parent)]!r} is a file and the folder of {seen[name]!r}")
+
+
+def unpack(files: Mapping[str, bytes], folder: str | Path) -> Path:
+    """Write the files of a verified bundle into a new folder, which appears complete or not at all, and return it.
+
+    Args:
+        files: as ``verify`` returns them: their names have been checked.
+        folder: must not exist.
+
+    Raises:
+        UsageError: it exists.
+        ResourceError: it cannot be written.
+    """
+    folder = Path(folder).expanduser().resolve()
+    if folder.exists():
+        raise UsageError(f"{folder} exists already", "a bundle is unpacked into a new folder", "name another")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+            partial = Path(scratch, "bundle")
+            for name, content in files.items():
+                path = partial / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+            shutil.move(partial, folder)
+    except OSError as problem:
+        raise ResourceError(
+            f"{folder}: cannot be written", str(problem), "free space or fix the permissions"
+        ) from problem
+    return folder
 
 
 def _check_entries(entries: list[zipfile.ZipInfo], where: str, budget: Budget, size: int) -> None:

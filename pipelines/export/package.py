@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -319,31 +318,3 @@ def _write(made: Path, name: str, content: bytes | str) -> None:
     path = made / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def unpack(files: Mapping[str, bytes], folder: str | Path) -> Path:
-    """Write the files of a verified bundle into a new folder, which appears complete or not at all, and return it.
-
-    Args:
-        files: as ``verify`` returns them: their names have been checked.
-        folder: must not exist.
-
-    Raises:
-        UsageError: it exists.
-        ResourceError: it cannot be written.
-    """
-    folder = Path(folder).expanduser().resolve()
-    if folder.exists():
-        raise UsageError(f"{folder} exists already", "a bundle is unpacked into a new folder", "name another")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-            partial = Path(scratch, "bundle")
-            for name, content in files.items():
-                _write(partial, name, content)
-            shutil.move(partial, folder)
-    except OSError as problem:
-        raise ResourceError(
-            f"{folder}: cannot be written", str(problem), "free space or fix the permissions"
-        ) from problem
-    return folder

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.export.archive import unpack
 from pipelines.export.golden import CASE, FOLDER, beyond, differences, read_golden, run_golden
-from pipelines.export.package import unpack
 from pipelines.export.verify import verify
 from pipelines.inference.backends import FILE_OF, not_installed
 from pipelines.names import nearest

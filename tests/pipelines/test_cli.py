@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -160,3 +162,16 @@ def test_paths_of_a_bundle_count_from_the_caller(tmp_path: Path, monkeypatch: py
         "runs_dir": f"{here}/runs",
         "method": "mine",
     }
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(["--help"], 0), (["train"], 2), (["train", "b", "--half"], 2), (["verify", "no_such_archive.zip"], 3)],
+    ids=["help", "no bundle", "no pair", "no archive"],
+)
+def test_what_needs_no_network_is_answered_without_loading_torch(words: list[str], code: int) -> None:
+    """MONAI and torch take seconds to load; a mistake in the arguments is not worth the wait."""
+    probe = "import sys; from pipelines.cli import main\ntry: sys.exit(main(sys.argv[1:]))\n"
+    probe += "finally: print('LOADED', *sorted({'torch', 'monai'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", probe, *words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (code, "LOADED"), done.stderr

@@ -23,7 +23,7 @@ from small_runs import Boxes, small_run, validation_cases, weights_of
 from torch import nn
 
 from pipelines import tensorfile
-from pipelines.bundles import report
+from pipelines.explain import report
 from pipelines.losses import supervised_loss
 from pipelines.manifests import Manifest, case_items
 from pipelines.training import PatchDataset, open_run

@@ -23,8 +23,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.nn import functional as F
 
-from pipelines.bundles import report
 from pipelines.cli import main
+from pipelines.explain import report
 from pipelines.losses import supervised_loss
 from pipelines.manifests import Manifest
 from pipelines.preflight import Finding
