@@ -21,8 +21,8 @@ demo: $(VENV)/installed-demo
 	$(BIN)/fiducial demo
 
 test: $(VENV)/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0 -m "not slow"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0 -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0 --durations 15 -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0 --durations 15 -m slow
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -34,6 +34,7 @@ MAY_DIFFER = frozenset(
 KINDS = ("config", "manifest", "code", "versions", "machine")
 RECORDED_AS = {"manifest": "manifest_digest", "code": "code_digest", "versions": "versions", "machine": "machine"}
 SHOWN = 60  # characters of a value in a message
+WORKERS_END_S = 10.0  # workers of a killed run may hold its lock for some seconds
 _LOCKS: dict[Path, FileLock] = {}  # of the runs that this process is in; the system lets go of them when it dies
 
 
@@ -66,7 +67,7 @@ def open_run(
             "leave out --resume to start one, or name it with --run_name",
         )
     folder = found or create_run(runs_dir, bundle, name, ready)
-    lock(folder, patience_s=10.0 if found else 0.0)  # workers of a killed run may hold its lock for some seconds
+    lock(folder, patience_s=WORKERS_END_S if found else 0.0)
     from_main_process(str(folder))
     return folder
 

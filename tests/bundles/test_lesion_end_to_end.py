@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from bundle_runs import BUNDLE, SMALL, monai_bundle
+from bundle_runs import BUNDLE, monai_bundle
 from monai.bundle import ConfigWorkflow
 
 from pipelines.cli import main
@@ -105,23 +105,6 @@ def test_prediction_of_a_folder(trained: Path, cohort: Path, tmp_path: Path) -> 
     a = np.asarray(nib.as_closest_canonical(mask).dataobj) == 1
     b = np.asarray(truth.dataobj) == 1
     assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.5  # the mask lies where the lesion is, not mirrored
-
-
-def test_with_batch_normalisation_and_without_windows_it_learns_too(
-    cohort: Path, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    runs = ["--runs_dir", str(tmp_path), "--run_name", "batch", "--manifest", str(cohort)]
-    cache = ["--cache_dir", str(trained.parent.parent / "cache")]
-    assert main(["train", str(BUNDLE), *runs, *cache, *SMALL, "--norm", "batch", "--window", "whole"]) == 0
-    run = tmp_path / BUNDLE.name / "batch"
-    assert json.loads((run / "record.json").read_text())["outcome"]["best_metric"] > 0.5
-    assert main(["evaluate", str(BUNDLE), *runs, "--window", "whole"]) == 0
-    whole = pd.read_csv(run / "metrics" / "per_case.csv")["dice"]
-    assert main(["evaluate", str(BUNDLE), *runs, "--overlap", "0.75", "--output_dir", str(tmp_path / "windows")]) == 0
-    windows = pd.read_csv(tmp_path / "windows" / "metrics" / "per_case.csv")["dice"]
-    assert whole.mean() > 0.5
-    assert (whole - windows).abs().max() < 0.05  # what is left are the edges of the windows
-    assert "normalises by what it sees" not in caplog.text
 
 
 def test_the_same_by_our_command(

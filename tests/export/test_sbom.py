@@ -11,6 +11,7 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from rfc3986_validator import validate_rfc3986
 
 from pipelines.export.lock import LOCKS, Pin, licence_of, licences_of, read_lock
 from pipelines.export.sbom import bill_of_materials, undeclared
@@ -121,12 +122,41 @@ def test_the_bill_names_every_package_with_hashes_and_licence() -> None:
     assert len(set(references)) == 3
 
 
+def addresses(value: Any) -> list[str]:
+    """Return every ``url`` in nested values."""
+    if isinstance(value, list):
+        return [found for inner in value for found in addresses(inner)]
+    if not isinstance(value, dict):
+        return []
+    own = [value["url"]] if "url" in value else []
+    return own + [found for inner in value.values() for found in addresses(inner)]
+
+
+def complaints(content: dict[str, Any]) -> list[str]:
+    """Return what the official schema does not accept, and the addresses that are none.
+
+    The schema asks for IRI, which the validator checks only beside a package that makes every start of MONAI seconds
+    longer: they are held to URI here, which are fewer.
+    """
+    found = JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(content))
+    wrong = [address for address in addresses(content) if not validate_rfc3986(address, rule="URI_reference")]
+    return [*([] if found is None else [str(found)]), *wrong]
+
+
 def test_the_bill_passes_the_official_schema() -> None:
-    official = JsonStrictValidator(SchemaVersion.V1_6)
-    assert official.validate_str(json.dumps(bill())) is None
+    assert complaints(bill()) == []
+    assert len(addresses(bill())) > 2
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [("hashes", "content", "short"), ("externalReferences", "url", "https://a b"), ("externalReferences", "type", "x")],
+)
+def test_the_schema_finds_a_planted_error(part: str, key: str, value: str) -> None:
     planted = bill()
-    planted["components"][0]["hashes"][0]["content"] = "short"
-    assert official.validate_str(json.dumps(planted)) is not None
+    component = next(each for each in planted["components"] if part in each)
+    component[part][0][key] = value
+    assert complaints(planted) != []
 
 
 @pytest.mark.slow
@@ -134,7 +164,7 @@ def test_the_bill_of_the_longest_lock_passes_the_official_schema() -> None:
     pins = read_lock((ROOT / "locks" / "cuda.txt").read_text(), "cuda")
     licences = json.loads((ROOT / "locks" / "licences.json").read_text())
     whole = bill_of_materials(pins, licences, "lesions", "0.1.0", ("fiducial", "0.1.0"), A)
-    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(whole)) is None
+    assert complaints(whole) == []
 
 
 def test_the_bill_is_the_same_every_time_and_another_for_another_lock() -> None:

@@ -26,7 +26,7 @@ from pipelines import tensorfile
 from pipelines.explain import report
 from pipelines.losses import supervised_loss
 from pipelines.manifests import Manifest, case_items
-from pipelines.training import PatchDataset, open_run
+from pipelines.training import PatchDataset, open_run, resume
 from pipelines.training.datasets import ATTEMPTS
 from pipelines.training.faults import explained
 from pipelines.training.loaders import patch_loader
@@ -495,7 +495,8 @@ def test_runs_dir_that_cannot_be_made(tmp_path: Path) -> None:
         open_run(tmp_path / "runs", "bundle", "r")
 
 
-def test_two_processes_never_train_in_one_folder(tmp_path: Path) -> None:
+def test_two_processes_never_train_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resume, "WORKERS_END_S", 0.5)  # each refusal below waits for that long
     inside, leave = FORK.Event(), FORK.Event()
 
     def train() -> None:
@@ -510,9 +511,9 @@ def test_two_processes_never_train_in_one_folder(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="exists already") as caught:
         open_run(tmp_path, "bundle", "r")
     assert caught.value.exit_code == 2
-    for resume in (True, "auto"):
+    for again in (True, "auto"):
         with pytest.raises(UsageError, match="is being trained by another process") as caught:
-            open_run(tmp_path, "bundle", "r", resume=resume)
+            open_run(tmp_path, "bundle", "r", resume=again)
         assert caught.value.exit_code == 2
     leave.set()
     first.join(60)

@@ -151,7 +151,8 @@ class Other:
         self.process.join()
 
 
-def test_two_processes_never_train_one_run(tmp_path: Path) -> None:
+def test_two_processes_never_train_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WORKERS_END_S", 0.5)  # each refusal below waits for that long
     folder = interrupted(tmp_path, "a")
     other = Other(folder)
     for name in ("a", ""):
