@@ -15,13 +15,15 @@ from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
 from monai.utils import convert_to_dst_type
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from pipelines.inference.memory import available_bytes, forward_bytes
 from pipelines.names import nearest
 from pipelines.networks import input_divisor
-from transforms.errors import BundleError
+from transforms.errors import BundleError, ResourceError
 
 logger = logging.getLogger(__name__)
 
 WINDOWS = ("patch", "whole")
+FORWARD_WORKSPACE = 1.2  # times what the tensors hold: convolutions keep reordered copies (measured: 1.21)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -87,22 +89,42 @@ class WholeImageInferer(Inferer):
 
     Args:
         divisor: what the size along each axis must be a multiple of, see ``pipelines.networks.input_divisor``.
+        architecture: of the network, to count what it needs before it is called; None does not count.
 
     Returns:
         What the network returns, (B, K, *spatial), on the image's own grid.
+
+    Raises:
+        ResourceError: the image needs more memory than there is.
     """
 
-    def __init__(self, divisor: Sequence[int]) -> None:
+    def __init__(self, divisor: Sequence[int], architecture: torch.nn.Module | None = None) -> None:
         super().__init__()
         self.divisor = tuple(int(step) for step in divisor)
+        self.architecture = architecture
 
     def __call__(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
         size = inputs.shape[2:]
         missing = [-length % step for length, step in zip(size, self.divisor, strict=True)]
         behind = [amount for pad in reversed(missing) for amount in (0, pad)]
-        result = network(torch.nn.functional.pad(inputs, behind), *args, **kwargs)
+        padded = torch.nn.functional.pad(inputs, behind)
+        if self.architecture is not None:
+            _refuse_too_large(self.architecture, padded)
+        result = network(padded, *args, **kwargs)
         cropped = result[(..., *(slice(length) for length in size))]
         return convert_to_dst_type(cropped, inputs, dtype=cropped.dtype)[0]  # the grid of the image stays with it
+
+
+def _refuse_too_large(architecture: torch.nn.Module, image: torch.Tensor) -> None:
+    """Refuse what would not fit: on a CPU the system ends such a process without a word."""
+    available = available_bytes(image.device)
+    needed = FORWARD_WORKSPACE * forward_bytes(architecture, image.shape)
+    if available is not None and needed > available:
+        raise ResourceError(
+            f"window whole: an image of {'x'.join(map(str, image.shape[2:]))} voxels does not fit",
+            f"the network needs about {needed / 2**30:.1f} GiB at once, there are {available / 2**30:.1f}",
+            "use --window patch, or a machine with more memory",
+        )
 
 
 def windows_or_whole(
@@ -118,7 +140,7 @@ def windows_or_whole(
         windows_per_call: windows that the network gets at once.
 
     Raises:
-        BundleError: another name.
+        BundleError: another name. What is returned raises ResourceError for a whole image that does not fit.
     """
     if window not in WINDOWS:
         raise BundleError(f"window {window!r}", f"expected {' or '.join(WINDOWS)}", nearest(window, WINDOWS))
@@ -130,7 +152,7 @@ def windows_or_whole(
             "its answer will be another one, so measure it first (`fiducial evaluate ... --window whole`)",
             "x".join(map(str, patch_size)),
         )
-    return WholeImageInferer(input_divisor(network, len(patch_size)) or patch_size)
+    return WholeImageInferer(input_divisor(network, len(patch_size)) or patch_size, network)
 
 
 def class_probabilities(logits: torch.Tensor) -> torch.Tensor:

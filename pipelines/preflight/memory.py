@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from pipelines.inference.inferers import AutocastInferer
+from pipelines.inference.memory import available_bytes
 from pipelines.preflight.finding import CannotRun, Finding
 from pipelines.preflight.inspection import Inspection
 from pipelines.preflight.rule import Rule
@@ -30,7 +30,6 @@ Limits = Mapping[str, float]
 
 GIB = 2**30
 _HELD_IN = ("cases", "_cache", "data")  # attributes in which data sets hold their cases
-_LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _PASSED_ON = 4  # levels of attributes in which a second network is looked for
 
 
@@ -141,24 +140,6 @@ def _is_mapped(array: np.ndarray) -> bool:
     return False
 
 
-def available_bytes() -> int:
-    """Return the memory of this machine, or of the container that it is shared by.
-
-    Raises:
-        CannotRun: the system does not say.
-    """
-    limits = []
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    for file in map(Path, _LIMIT_FILES):
-        text = file.read_text().strip() if file.is_file() else ""
-        if text.isdigit():
-            limits.append(int(text))
-    if not limits:
-        raise CannotRun("the system does not say how much memory there is")
-    return min(limits)
-
-
 def check_memory(inspection: Inspection, limits: Limits) -> list[Finding]:
     """R16 for the data sets of training and validation, and for the networks in the pieces of the run."""
     held, largest = 0, 0
@@ -170,7 +151,10 @@ def check_memory(inspection: Inspection, limits: Limits) -> list[Finding]:
         raise CannotRun("the bundle names no train")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
     demand = Demand(held, largest, processes, int(inspection.config.get("workers") or 0))
-    return judge_memory(demand, available_bytes(), limits)
+    available = available_bytes()
+    if available is None:
+        raise CannotRun("the system does not say how much memory there is")
+    return judge_memory(demand, available, limits)
 
 
 def _largest_case(cases: Any) -> int:

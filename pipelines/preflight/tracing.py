@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipelines.inference.memory import without_values
 from pipelines.preflight.samples import Shape, own_draws
 
 SMALLEST_CROP = 16  # voxels along an axis of what is learnt by heart
@@ -76,16 +77,6 @@ def trace(network: nn.Module, shape: Sequence[int], training: bool = False) -> T
         heads = recorder.heads(next(iter(named.values()))) or heads
     shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
     return Trace(tuple(shape), shapes, heads, tuple(recorder.crops), tuple(recorder.thin))
-
-
-def without_values(network: nn.Module) -> nn.Module:
-    """Return a copy whose parameters and buffers have shapes only: nothing of the network's size is copied."""
-    memo: dict[int, Any] = {}
-    for parameter in network.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-    for buffer in network.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(network, memo)
 
 
 def smallest_size(

@@ -15,10 +15,11 @@ from proof_network import found, lesion
 from torch import nn
 
 from pipelines.inference import AutocastInferer
+from pipelines.inference.memory import available_bytes
 from pipelines.preflight import CannotRun, Inspection
+from pipelines.preflight import memory as module
 from pipelines.preflight.memory import (
     Demand,
-    available_bytes,
     check_peak,
     held_bytes,
     judge_copies,
@@ -94,5 +95,7 @@ def test_peak_at_its_limit() -> None:
         check_peak(lesion(), {"peak": 0.9})
 
 
-def test_memory_of_this_machine() -> None:
-    assert 2**28 < available_bytes() < 2**50
+def test_a_system_that_does_not_say_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "available_bytes", lambda: None)
+    with pytest.raises(CannotRun, match="does not say"):
+        module.check_memory(lesion(), {"share": 0.8})
