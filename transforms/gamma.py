@@ -163,7 +163,7 @@ _GAMMA = (
     RandAdjustContrast,
     RandAdjustContrastd,
 )
-_Z_SCORE = (NormalizeIntensityInMask, NormalizeIntensityInMaskd, NormalizeIntensity, NormalizeIntensityd)
+Z_SCORES = (NormalizeIntensityInMask, NormalizeIntensityInMaskd, NormalizeIntensity, NormalizeIntensityd)
 
 # key (None: an array transform, which meets every key) -> name and position of the normalisation that made it signed
 _Signed = dict[Hashable | None, str]
@@ -203,7 +203,7 @@ def _walk_leaf(transform: Any, name: str, signed: _Signed) -> _Signed:
 
 def _output_minimum(transform: Any) -> float | None:
     """Return the lower end of the range a normalisation maps to, or None when ``transform`` is none."""
-    if isinstance(transform, _Z_SCORE):
+    if isinstance(transform, Z_SCORES):
         return -np.inf
     if isinstance(transform, HUWindow):
         return transform.output_range[0]

@@ -15,8 +15,6 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import (
     Compose,
-    NormalizeIntensity,
-    NormalizeIntensityd,
     OneOf,
     Randomizable,
     RandomizableTransform,
@@ -35,11 +33,11 @@ from transforms.degradation import Severity
 from transforms.degraded_pairs import DegradePaird, RandDegradePaird
 from transforms.fusion import FusionConditiond
 from transforms.fusion_samples import RandFuseByRuled
+from transforms.gamma import Z_SCORES
 from transforms.intensity import NormalizeIntensityInMask, NormalizeIntensityInMaskd
 from transforms.masks import as_numpy
 
 VOXELS = 200_000  # of a case: percentiles 1 and 99 are then known to a fraction of a percent
-_Z_SCORES = (NormalizeIntensity, NormalizeIntensityd, NormalizeIntensityInMask, NormalizeIntensityInMaskd)
 _SCALINGS = (
     ScaleIntensity,
     ScaleIntensityd,
@@ -106,7 +104,7 @@ def declared_z_score(chain: Any) -> str:
     for step in steps_of(chain):
         if isinstance(step, (NormalizeIntensityInMask, NormalizeIntensityInMaskd)):
             over = "foreground"
-        elif isinstance(step, _Z_SCORES):
+        elif isinstance(step, Z_SCORES):
             array_transform: Any = getattr(step, "normalizer", step)
             over = "foreground" if array_transform.nonzero else "all"
         elif isinstance(step, (*_SCALINGS, FusionConditiond)):
