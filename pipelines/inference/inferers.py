@@ -102,14 +102,16 @@ class WholeImageInferer(Inferer):
         super().__init__()
         self.divisor = tuple(int(step) for step in divisor)
         self.architecture = architecture
+        self._fit: set[torch.Size] = set()  # counting takes a tenth of a second, and mirrored copies have one size
 
     def __call__(self, inputs: torch.Tensor, network: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
         size = inputs.shape[2:]
         missing = [-length % step for length, step in zip(size, self.divisor, strict=True)]
         behind = [amount for pad in reversed(missing) for amount in (0, pad)]
         padded = torch.nn.functional.pad(inputs, behind)
-        if self.architecture is not None:
+        if self.architecture is not None and padded.shape not in self._fit:
             _refuse_too_large(self.architecture, padded)
+            self._fit.add(padded.shape)
         result = network(padded, *args, **kwargs)
         cropped = result[(..., *(slice(length) for length in size))]
         return convert_to_dst_type(cropped, inputs, dtype=cropped.dtype)[0]  # the grid of the image stays with it

@@ -13,6 +13,7 @@ from bundle_runs import BUNDLE, import_data, train
 from safetensors.torch import load_file
 
 from pipelines.cli import main
+from pipelines.inference import inferers
 from pipelines.training import read_contract
 
 
@@ -97,6 +98,20 @@ def test_fine_tuning_starts_from_what_was_learnt(data: Path, capsys: pytest.Capt
     assert train(data, "--initial_weights", weights, "--modalities", "['t1','flair']", *still, "swapped") == 4
     assert "other modalities" in capsys.readouterr().err  # same shapes, another meaning
     assert not (runs / "swapped").exists()
+
+
+def test_a_case_that_does_not_fit_at_once_is_refused_by_its_size(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(data, "--norm", "batch") == 0
+    assert (evaluate(data, "--window", "whole") / "metrics" / "per_case.csv").is_file()
+    monkeypatch.setattr(inferers, "available_bytes", lambda device: 1000)
+    given = ["--manifest", str(data / "manifest.json"), "--checkpoint", str(weights_of(data)), "--window", "whole"]
+    assert main(["evaluate", str(BUNDLE), *given, "--output_dir", str(data.parent / "other")]) == 5
+    what, why, fix = capsys.readouterr().err.splitlines()[-3:]
+    assert what.startswith("error: window whole: an image of ")
+    assert why == "  why: the network needs about 0.0 GiB at once, there are 0.0"
+    assert "--window patch" in fix
 
 
 def test_the_same_command_gives_the_same_weights(data: Path) -> None:

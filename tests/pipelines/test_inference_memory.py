@@ -75,6 +75,11 @@ def test_an_image_that_does_not_fit_is_refused_before_the_network_is_called(monk
     with torch.no_grad():
         assert whole(image, called).shape == (1, 2, 32, 30, 32)
     assert len(calls) == 1
+    monkeypatch.setattr(inferers, "available_bytes", lambda device: 0)
+    with torch.no_grad():  # counted once for a size
+        assert whole(torch.flip(image, [2]), called).shape == (1, 2, 32, 30, 32)
+        with pytest.raises(ResourceError):
+            whole(image[..., :16], called)
     monkeypatch.setattr(inferers, "available_bytes", lambda device: None)  # a system that does not say
     with torch.no_grad():
-        assert whole(image, called).shape == (1, 2, 32, 30, 32)
+        assert whole(image[..., :16], called).shape == (1, 2, 32, 30, 16)
