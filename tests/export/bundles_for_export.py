@@ -6,6 +6,7 @@ import io
 import subprocess
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.export.archive import FILE_MODE, FIXED_TIME, file_digests, write_archive
@@ -33,6 +34,16 @@ FILES = {
     "docs/README.md": "Läsionen\n".encode(),
     "LICENSE": b"Apache-2.0\n",
 }
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A run, its archive, the folder of the same content, and the key that signed it."""
+
+    run: Path
+    archive: Path
+    folder: Path
+    keys: Path
 
 
 def new_key(folder: Path, name: str = "maker@hospital") -> Path:

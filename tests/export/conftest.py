@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from bundles_for_export import new_key
+from bundles_for_export import Exported, new_key
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bundles"))
 
 from bundle_runs import BUNDLE, train, write_tiny_data
 
 from pipelines.cli import main
-
-
-@dataclass(frozen=True)
-class Exported:
-    """A run, its archive, the folder of the same content, and the key that signed it."""
-
-    run: Path
-    archive: Path
-    folder: Path
-    keys: Path
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from conftest import Exported
+from bundles_for_export import Exported
 
 from pipelines.export.card import _cell, render_card
 from pipelines.export.checks import (

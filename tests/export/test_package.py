@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 from bundle_runs import BUNDLE
-from conftest import Exported
+from bundles_for_export import Exported
 
 from pipelines.cli import main
 from pipelines.export.archive import read_archive

@@ -9,8 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from bundles_for_export import archive_of, new_key, with_sums
-from conftest import Exported
+from bundles_for_export import Exported, archive_of, new_key, with_sums
 
 from pipelines import tensorfile
 from pipelines.cli import main
