@@ -20,6 +20,7 @@ export OMP_WAIT_POLICY := PASSIVE
 demo: $(VENV)/installed-demo
 	$(BIN)/fiducial demo
 
+test: export OMP_NUM_THREADS := 1
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0 --durations 15 -m "not slow"
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0 --durations 15 -m slow

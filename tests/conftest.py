@@ -10,7 +10,7 @@ from pathlib import Path
 
 if "FIDUCIAL_REAL_DATA" not in os.environ:
     # Before torch is loaded: tests start processes by forks, and a fork of a process whose OpenMP has had a second
-    # thread waits for that thread for ever, in its first convolution. The tests on real images do not fork.
+    # thread waits for that thread for ever, in its first convolution. `make test-real` runs tests that do not fork.
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import nibabel as nib

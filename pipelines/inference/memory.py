@@ -21,12 +21,13 @@ _LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit
 
 
 def available_bytes(device: torch.device | str = "cpu") -> int | None:
-    """Return the memory of this machine, or of the container that it is shared by; of a GPU what is free.
+    """Return the memory of this machine, or of the container that it is shared by, or of a GPU.
 
-    None where the system does not say.
+    All of it, not what is free: on a GPU, what earlier images have left with torch counts as taken and can be used
+    again. None where the system does not say.
     """
     if torch.device(device).type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return int(torch.cuda.get_device_properties(device).total_memory)
     limits = []
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
