@@ -1,4 +1,4 @@
-"""How long does a whole volume take, and how much memory, by MONAI on the weights and by exported networks?
+r"""How long does a whole volume take, and how much memory, by MONAI on the weights and by exported networks?
 
 One case goes through the bundle's preprocessing once. Then every variant runs in a process of its own, round by round
 in turn: MONAI's ``SlidingWindowInferer`` with the network in float32 on the whole scan at overlap .5, and on the
@@ -7,7 +7,8 @@ and wall time, the ratio of CPU times to the first, the peak of resident memory,
 the first.
 Export first: `write_formats_of(bundle, weights)` of `pipelines.export.formats`.
 
-    .venv/bin/python benchmarks/inference.py --weights models/model.safetensors --scan CASE [--truth lesion.nii.gz]
+    .venv/bin/python benchmarks/inference.py --weights models/model.safetensors --scan CASE \
+        [--truth lesion.nii.gz] [--only NAME ...]
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ def main() -> None:
     parser.add_argument("--scan", type=Path, required=True)
     parser.add_argument("--truth", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=[], help="these, beside the first")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--patch", type=int, nargs=3, help=argparse.SUPPRESS)
@@ -127,18 +129,18 @@ def main() -> None:
         truth = None
         if options.truth:
             truth = np.asarray(nib.as_closest_canonical(nib.load(options.truth)).dataobj)[place]
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
+        first, *others = VARIANTS
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in (first, *(options.only or others))}
         masks: dict[str, np.ndarray] = {}
         for number in range(options.rounds):
-            for name, (region, _, _) in VARIANTS.items():
+            for name in found:
                 command = [sys.executable, __file__, "--weights", str(weights), "--scan", str(scan), "--one", name]
                 command += ["--folder", scratch, "--patch", *map(str, about["patch"])]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 found[name].append(json.loads(done.stdout.splitlines()[-1]))
                 mask = np.load(folder / "mask.npy")
-                masks[name] = mask[place] if region == "whole" else mask
+                masks[name] = mask[place] if VARIANTS[name][0] == "whole" else mask
                 print(f"round {number + 1}: {name}: {found[name][-1]}", file=sys.stderr, flush=True)
-        first = next(iter(VARIANTS))
         plain = median(each["cpu"] for each in found[first])
         print(f"{torch.get_num_threads()} threads, windows {about['patch']}, box {masks[first].shape}")
         for name, rounds in found.items():
