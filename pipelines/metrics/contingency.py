@@ -18,10 +18,9 @@ from pipelines.metrics.jit import HAVE_NUMBA
 from transforms.errors import DataError
 
 if HAVE_NUMBA:
-    from pipelines.metrics.kernels_instances import count_pairs
+    from pipelines.metrics.kernels_instances import count_pairs, tabulate
 
 _BLOCK_VOXELS = 1 << 18  # runs are looked for in a piece that fits into the cache
-_PIECE_VOXELS = 1 << 13  # the same on the compiled path, where a piece costs nothing: the innermost cache
 _Ids = NDArray[np.integer[Any]]
 
 
@@ -95,15 +94,7 @@ def contingency(
         )
     if all(array.flags.f_contiguous for array in maps):
         maps = [array.T for array in maps]
-    predicted, referenced, voxels = _pairs(maps) if HAVE_NUMBA else _runs(maps)
-    for name, ids in (("prediction", predicted), ("reference", referenced)):
-        if ids.min(initial=0) < 0:
-            raise DataError(
-                f"case {case or 'unnamed'}: the {name} has an instance {ids.min()}",
-                "ids are positive, 0 is background",
-                "mark what is not to be compared with the mask",
-            )
-    return _table(*_sum_equal_pairs(predicted, referenced, voxels))
+    return _compiled_table(maps, case) if HAVE_NUMBA else _sorted_table(maps, case)
 
 
 def majority_classes(instances: ArrayLike, class_map: ArrayLike, case: str = "") -> dict[int, int]:
@@ -163,23 +154,39 @@ def _as_ids(array: ArrayLike, name: str, case: str) -> _Ids:
     return ids
 
 
-def _pairs(maps: list[NDArray[Any]]) -> tuple[_Ids, _Ids, NDArray[np.int64]]:
-    """Return what :func:`_runs` returns with every pair once, in no order: the compiled path."""
+def _refuse_negative(predicted: _Ids, referenced: _Ids, case: str) -> None:
+    for ids, name in ((predicted, "prediction"), (referenced, "reference")):
+        if ids.min(initial=0) < 0:
+            raise DataError(
+                f"case {case or 'unnamed'}: the {name} has an instance {ids.min()}",
+                "ids are positive, 0 is background",
+                "mark what is not to be compared with the mask",
+            )
+
+
+def _compiled_table(maps: list[NDArray[Any]], case: str) -> Contingency:
+    """Return the table of two maps, and perhaps a mask, of one shape."""
     types = [array.dtype.newbyteorder("=") for array in maps[:2]]
     # One kernel per width of the ids; zeros in front of a negative id are cut off again below.
     width = np.dtype(f"u{max(dtype.itemsize for dtype in types)}")
-    flat = [
-        array.reshape(-1).astype(dtype, copy=False).view(f"u{dtype.itemsize}").astype(width, copy=False)
-        for array, dtype in zip(maps, types, strict=False)
+    # Rows of a map with gaps are flattened to a view with gaps, which the kernel does not take.
+    flat = [np.ascontiguousarray(array.reshape(-1)) for array in maps]
+    words = [
+        row.astype(dtype, copy=False).view(f"u{dtype.itemsize}").astype(width, copy=False)
+        for row, dtype in zip(flat, types, strict=False)
     ]
-    keep = maps[2].reshape(-1).view(np.uint8) if len(maps) > 2 else np.empty(0, np.uint8)
-    first, second, voxels = count_pairs(flat[0], flat[1], keep, _PIECE_VOXELS)
-    kept = np.flatnonzero(first | second)
-    ids = [
-        found[kept].astype(f"u{dtype.itemsize}").view(dtype)
-        for found, dtype in zip((first, second), types, strict=True)
-    ]
-    return ids[0], ids[1], voxels[kept]
+    keep = flat[2].view(np.uint8) if len(flat) > 2 else np.empty(0, np.uint8)
+    (*found, predicted_sizes, reference_sizes), pairs = tabulate(*count_pairs(words[0], words[1], keep))
+    ids = [word.astype(f"u{dtype.itemsize}").view(dtype) for word, dtype in zip(found, types, strict=True)]
+    _refuse_negative(ids[0], ids[1], case)
+    return Contingency(ids[0], ids[1], predicted_sizes, reference_sizes, *pairs)
+
+
+def _sorted_table(maps: list[NDArray[Any]], case: str) -> Contingency:
+    """Return what :func:`_compiled_table` returns, by NumPy alone."""
+    predicted, referenced, voxels = _runs(maps)
+    _refuse_negative(predicted, referenced, case)
+    return _table(*_sum_equal_pairs(predicted, referenced, voxels))
 
 
 def _runs(maps: list[NDArray[Any]]) -> tuple[_Ids, _Ids, NDArray[np.int64]]:
