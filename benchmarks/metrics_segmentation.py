@@ -17,7 +17,7 @@ import importlib.util
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -29,10 +29,10 @@ from analytic_shapes import Shape, pairs, rasterise
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
 
 from pipelines.metrics import segmentation_metrics
-from pipelines.metrics.surface import surface_distances
 
 SHAPE, SPACING = (192, 512, 512), (3.0, 0.8, 0.8)
 ROUNDS, MONAI_ROUNDS = 7, 2
+Figures = dict[str, float]
 
 
 def paint(label_map: np.ndarray, centre: np.ndarray, radii: np.ndarray, value: int) -> None:
@@ -145,7 +145,7 @@ def speed() -> None:
             )
 
 
-def summary(elements: Any, tolerances: tuple[float, ...]) -> dict[str, float]:
+def summary(elements: Sequence[np.ndarray], tolerances: Sequence[float]) -> Figures:
     """Return HD, HD95, ASSD and the NSDs from areas and distances in both directions."""
     areas, distances = elements[0::2], elements[1::2]
 
@@ -164,49 +164,64 @@ def summary(elements: Any, tolerances: tuple[float, ...]) -> dict[str, float]:
     return values | {f"NSD {t}": sum(a[d <= t].sum() for a, d in both) / total for t in tolerances}
 
 
-def truth(first: Shape, second: Shape, spacing: tuple[float, ...]) -> tuple[np.ndarray, ...]:
+def truth(first: Shape, second: Shape) -> tuple[np.ndarray, ...]:
     """Return areas and distances of points on the analytic surfaces."""
     (points_a, area_a), (points_b, area_b) = first.surface(), second.surface()
     return area_a, second.distance(points_a), area_b, first.distance(points_b)
 
 
-def mesh_metrics(prediction: np.ndarray, reference: np.ndarray, spacing: tuple[float, ...]) -> tuple[np.ndarray, ...]:
-    """Return areas and distances of the surface elements of MeshMetrics."""
+def ours(
+    prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float], tolerances: Sequence[float]
+) -> Figures:
+    """Return the figures of the definition "surface" as a user gets them."""
+    maps = (prediction.astype(np.uint8), reference.astype(np.uint8))
+    (row,) = segmentation_metrics(
+        *maps, spacing, {1: "it"}, tolerances, definition="surface", groups=("distance", "nsd"), threads=1
+    )
+    nsd = [row["nsd"], *(row[f"nsd_{t:g}mm"] for t in tolerances[1:])]
+    return {"HD": row["hd_mm"], "HD95": row["hd95_mm"], "ASSD": row["assd_mm"]} | {
+        f"NSD {t}": value for t, value in zip(tolerances, nsd, strict=True)
+    }
+
+
+def mesh_metrics(
+    prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float], tolerances: Sequence[float]
+) -> Figures:
+    """Return the figures of the surface elements of MeshMetrics."""
     from meshmetrics import DistanceMetrics
 
     metrics = DistanceMetrics(verbose=False)
     metrics.set_input(ref=reference, pred=prediction, spacing=spacing)
     from_reference, area_reference, from_prediction, area_prediction = metrics.distances
-    return area_prediction, np.abs(from_prediction), area_reference, np.abs(from_reference)
+    elements = (area_prediction, np.abs(from_prediction), area_reference, np.abs(from_reference))
+    return summary(elements, tolerances)
 
 
-def deepmind(prediction: np.ndarray, reference: np.ndarray, spacing: tuple[float, ...]) -> tuple[np.ndarray, ...]:
-    """Return areas and distances of the surface elements of surface-distance."""
+def deepmind(
+    prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float], tolerances: Sequence[float]
+) -> Figures:
+    """Return the figures of the surface elements of surface-distance."""
     from surface_distance import compute_surface_distances
 
     found = compute_surface_distances(reference, prediction, spacing)
-    return (
-        found["surfel_areas_pred"],
-        found["distances_pred_to_gt"],
-        found["surfel_areas_gt"],
-        found["distances_gt_to_pred"],
-    )
+    keys = ("surfel_areas_pred", "distances_pred_to_gt", "surfel_areas_gt", "distances_gt_to_pred")
+    return summary([found[key] for key in keys], tolerances)
 
 
 def errors(seeds: list[int]) -> None:
     """Print the mean absolute error of every tool for every family of shapes, over the pairs of all seeds."""
-    tools: dict[str, Callable[..., Any]] = {"surface (ours)": surface_distances}
+    tools: dict[str, Callable[..., Figures]] = {"surface (ours)": ours}
     if importlib.util.find_spec("meshmetrics") and importlib.util.find_spec("vtk"):
         tools["MeshMetrics"] = mesh_metrics
     if importlib.util.find_spec("surface_distance"):
         tools["surface-distance"] = deepmind
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for family, spacing, first, second, tolerances in (pair for seed in seeds for pair in pairs(seed)):
-        expected = summary(truth(first, second, spacing), tolerances)
+        expected = summary(truth(first, second), tolerances)
         masks = rasterise(first, second, spacing)
         for name, tool in tools.items():
             cell = found.setdefault((family, name), {})
-            for key, value in summary(tool(*masks, spacing), tolerances).items():
+            for key, value in tool(*masks, spacing, tolerances).items():
                 cell.setdefault(key.split()[0], []).append(abs(value - expected[key]))
     print(f"mean error {'':18s} {'HD mm':>8s} {'HD95 mm':>8s} {'ASSD mm':>8s} {'NSD':>8s}")
     for (family, name), cell in found.items():

@@ -2,15 +2,16 @@
 
 A mask says only which side of the surface the voxel centres are on. Taken literally its surface has steps, and a shift
 of half a voxel is lost in them. Here the mask is smoothed just enough to level the steps, and never so far that a voxel
-changes sides; then it is contoured (marching cubes), every triangle counts by its area, and distances go to the nearest
-point of the other surface. ``benchmarks/metrics_segmentation.py`` compares it with analytic values.
+changes sides; then it is contoured (marching cubes), and distances go to the nearest point of the other surface. Where
+two straight faces meet, a mask does not say whether its edge is sharp or round: there the other surface is what either
+leaves, whichever is nearer. ``benchmarks/metrics_segmentation.py`` compares all this with analytic values.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,10 +41,30 @@ NEIGHBOURS = 16
 Array = NDArray[np.float64]
 
 
+class Surface(NamedTuple):
+    """The surface of a mask, in mm from the centre of the image's first voxel.
+
+    Attributes:
+        vertices: (n, d); ``elements``: (m, d) vertices of each triangle, or in 2D of each segment.
+        areas: (m,) of the elements, in mm^2 (2D: length in mm).
+        targets: (k, d, d) corners of what the other surface's distances go to: the elements, and straight edges.
+    """
+
+    vertices: Array
+    elements: NDArray[np.int64]
+    areas: Array
+    targets: Array
+
+    def centres(self) -> Array:
+        """Return the middle of every element, (m, d)."""
+        middle: Array = self.vertices[self.elements].mean(axis=1)
+        return middle
+
+
 def surface_distances(
     prediction: NDArray[np.bool_], reference: NDArray[np.bool_], spacing_mm: Sequence[float], threads: int = 1
 ) -> CellDistances:
-    """Return area and distance to the other surface of every surface element, in both directions.
+    """Return area and distance to the other surface of every point of a surface, in both directions.
 
     Args:
         prediction: mask (X, Y) or (X, Y, Z) with at least one voxel; beyond the array is background.
@@ -52,50 +73,96 @@ def surface_distances(
         threads: that work at once; there is work for two.
 
     Returns:
-        Per element of the prediction and of the reference: area in mm^2 (2D: length in mm) and distance in mm from its
-        centre.
+        Of the prediction and of the reference: areas in mm^2 (2D: length in mm) and their distances in mm. An element
+        counts as d equal parts, half way between its centre and its corners.
     """
-    first, second = run(lambda mask: surface_elements(mask, spacing_mm), (prediction, reference), threads)
-    forth, back = run(lambda sides: _nearest(*sides), ((first, second), (second, first)), threads)
-    return CellDistances(_areas(first), forth, _areas(second), back)
+    first, second = run(lambda mask: surface_of(mask, spacing_mm), (prediction, reference), threads)
+    forth, back = run(lambda way: _distances(*way), ((first, second), (second, first)), threads)
+    ndim = prediction.ndim
+    return CellDistances(np.repeat(first.areas / ndim, ndim), forth, np.repeat(second.areas / ndim, ndim), back)
 
 
-def surface_elements(mask: NDArray[np.bool_], spacing_mm: Sequence[float]) -> Array:
-    """Return the surface of a mask: triangles (n, 3, 3), or in 2D segments (n, 2, 2); corners in mm.
+def _distances(surface: Surface, other: Surface) -> Array:
+    """Return the distance of each part of each element, (m d,); a corner is measured once for all that meet there."""
+    tree = cKDTree(other.targets.mean(axis=1), LEAF_POINTS)
+    corners, centres = (_nearest(points, other.targets, tree) for points in (surface.vertices, surface.centres()))
+    halves: Array = (corners[surface.elements] + centres[:, None]) / 2
+    return halves.ravel()
 
-    The origin is the same for all masks of one shape.
-    """
+
+def surface_of(mask: NDArray[np.bool_], spacing_mm: Sequence[float]) -> Surface:
+    """Return the surface of a mask (X, Y) or (X, Y, Z) with at least one voxel."""
     spacing = np.asarray(spacing_mm, float)
-    level = smooth_level(mask, spacing)
-    if mask.ndim == 3:
-        vertices, faces, _, _ = marching_cubes(level, 0.5, allow_degenerate=False)
-        corners: Array = vertices.astype(np.float64)[faces]
-    else:
-        lines = [np.stack([line[:-1], line[1:]], axis=1) for line in find_contours(level, 0.5)]
-        corners = np.concatenate(lines)
-    return corners * spacing
+    sigma = SIGMA * np.sqrt(spacing.max() / spacing)
+    # The wider of the two kernels ends there; what lies farther apart, and the voxels beside it, never meets in one.
+    reach = (4 * np.sqrt(2) * sigma + 0.5).astype(int) + 5
+    parts = [_surface_of_island(island, start, sigma, spacing) for start, island in _islands(mask, reach)]
+    counts = np.cumsum([0] + [len(part.vertices) for part in parts])
+    return Surface(
+        np.concatenate([part.vertices for part in parts]),
+        np.concatenate([part.elements + before for part, before in zip(parts, counts, strict=False)]),
+        np.concatenate([part.areas for part in parts]),
+        np.concatenate([part.targets for part in parts]),
+    )
 
 
-def smooth_level(mask: NDArray[np.bool_], spacing_mm: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Return a smooth function, above 0.5 in every voxel of the mask and below in all others, on a padded grid.
+def _islands(mask: NDArray[np.bool_], gap: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
+    """Cut a mask into parts that are ``gap`` voxels or more from each other: first voxel of the box, and the part.
 
-    The kernel 2 G(sigma) - G(sqrt 2 sigma) has no second moment: a curved surface stays where it is. Where it would put
-    a voxel on the wrong side, the structure is finer than the kernel, and the function goes back to the mask itself;
-    so it does along straight edges, which are not steps.
+    A lesion here and one there would otherwise mean work and memory for all that lies between them.
     """
-    sigma = SIGMA * np.sqrt(spacing_mm.max() / spacing_mm)
-    padded = np.pad(mask, [(int(np.ceil(4 * s)) + 2,) * 2 for s in sigma])
-    values = padded.astype(np.float32)
-    smooth = 2 * ndimage.gaussian_filter(values, sigma) - ndimage.gaussian_filter(values, np.sqrt(2) * sigma)
-    contradicted = ((smooth > 0.5) != padded).astype(np.float32)
-    # About 1 in a contradicted voxel, 0.4 in its neighbours.
-    literal = np.minimum(6 * ndimage.gaussian_filter(contradicted, 0.7), 1)
+    padded = np.pad(mask, [(0, -n % g) for n, g in zip(mask.shape, gap, strict=True)])
+    blocks = padded.reshape([m for n, g in zip(padded.shape, gap, strict=True) for m in (n // g, g)])
+    labels, _ = ndimage.label(blocks.any(axis=tuple(range(1, 2 * mask.ndim, 2))), np.ones((3,) * mask.ndim))
+    for label, box in enumerate(ndimage.find_objects(labels), 1):
+        own = labels[box] == label
+        for axis, g in enumerate(gap):
+            own = np.repeat(own, g, axis)
+        start = np.array([side.start for side in box]) * gap
+        place = tuple(slice(first, first + n) for first, n in zip(start, own.shape, strict=True))
+        yield start, padded[place] & own
+
+
+def _surface_of_island(mask: NDArray[np.bool_], start: NDArray[np.int64], sigma: Array, spacing: Array) -> Surface:
+    """Return the surface of a part of the image; ``start``: the part's first voxel."""
+    margin = np.ceil(4 * sigma).astype(int) + 2
+    padded = np.pad(mask, [(m, m) for m in margin])
+    vertices, elements = _contour(smooth_level(padded, sigma))
+    vertices = (vertices + (start - margin)) * spacing
+    targets = corners = vertices[elements]
     edges = _straight_edges(padded)
     if edges.any():
         size = [2 * int(np.ceil(2 * s)) + 1 for s in sigma]
-        literal = np.maximum(literal, ndimage.maximum_filter(edges.astype(np.float32), size=size))
+        literal, sharp = _contour(padded.astype(np.float32), ndimage.maximum_filter(edges, size=size))
+        targets = np.concatenate([corners, ((literal + (start - margin)) * spacing)[sharp]])
+    return Surface(vertices, elements, _areas(corners), targets)
+
+
+def smooth_level(mask: NDArray[np.bool_], sigma: Sequence[float] | Array) -> NDArray[np.float32]:
+    """Return a smooth function, above 0.5 in every voxel of the mask and below in all others.
+
+    The kernel 2 G(sigma) - G(sqrt 2 sigma) has no second moment: a curved surface stays where it is. Where it would put
+    a voxel on the wrong side, the structure is finer than the kernel, and the function goes back to the mask itself.
+    ``sigma``: in voxels, along each axis.
+    """
+    values = mask.astype(np.float32)
+    smooth = 2 * ndimage.gaussian_filter(values, sigma) - ndimage.gaussian_filter(values, np.sqrt(2) * np.array(sigma))
+    contradicted = ((smooth > 0.5) != mask).astype(np.float32)
+    # About 1 in a contradicted voxel, 0.4 in its neighbours.
+    literal = np.minimum(6 * ndimage.gaussian_filter(contradicted, 0.7), 1)
     smooth += literal * (values - smooth)
-    return np.where(padded, np.maximum(smooth, 0.5 + MARGIN), np.minimum(smooth, 0.5 - MARGIN))
+    return np.where(mask, np.maximum(smooth, 0.5 + MARGIN), np.minimum(smooth, 0.5 - MARGIN))
+
+
+def _contour(level: NDArray[np.float32], where: NDArray[np.bool_] | None = None) -> tuple[Array, NDArray[np.int64]]:
+    """Return vertices (n, d) in voxels, and elements (m, d) of d vertices each, where the level is 0.5."""
+    if level.ndim == 3:
+        vertices, faces, _, _ = marching_cubes(level, 0.5, allow_degenerate=False, mask=where)
+        return vertices.astype(np.float64), faces.astype(np.int64)
+    lines = find_contours(level, 0.5, mask=where)
+    last = np.cumsum([len(line) for line in lines]) - 1
+    starts = np.setdiff1d(np.arange(last[-1]), last)
+    return np.concatenate(lines), np.stack([starts, starts + 1], axis=1)
 
 
 def _straight_edges(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -135,10 +202,8 @@ def _areas(elements: Array) -> Array:
     return area
 
 
-def _nearest(query: Array, target: Array, chunk: int = 8192) -> Array:
-    """Return the distance from the centre of every element of ``query`` to the nearest point of ``target``."""
-    points = query.mean(axis=1)
-    tree = cKDTree(target.mean(axis=1), LEAF_POINTS)
+def _nearest(points: Array, target: Array, tree: cKDTree, chunk: int = 8192) -> Array:
+    """Return the distance from every one of ``points`` (n, d) to ``target`` (m, d, d), whose centres ``tree`` has."""
     distances = np.empty(len(points))
     for start in range(0, len(points), chunk):
         part = points[start : start + chunk]
@@ -147,7 +212,7 @@ def _nearest(query: Array, target: Array, chunk: int = 8192) -> Array:
             nearest_triangles(part, target, near, distances[start : start + chunk])
         else:
             distances[start : start + chunk] = _to_element(part[:, None], target[near]).min(axis=1)
-    # An element of both surfaces is at distance 0, not at the rounding of its own centre.
+    # A point of both surfaces is at distance 0, not at the rounding of its own place.
     return np.where(distances < 1e-9, 0, distances)
 
 
