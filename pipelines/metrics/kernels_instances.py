@@ -35,7 +35,8 @@ def changes_of_64(context: Any, ids: Any, start: Any) -> Any:
     """Word whose bit k is 1 where ``ids[start + k]`` differs from the id before it; ``start`` at least 1.
 
     Written as one comparison of two vectors, which a compiler makes of no loop: it becomes four instructions with
-    AVX-512, and is correct on every processor. Strides are not looked at: ``ids`` is contiguous or does not compile.
+    AVX-512, and means the same on every processor whose words begin with the lowest byte. Strides are not looked at:
+    ``ids`` is contiguous or does not compile.
     """
     if ids.layout != "C":
         raise errors.TypingError(f"ids are read 64 at a time: a contiguous array is expected, not {ids}")
