@@ -127,14 +127,14 @@ def _surface_of_island(mask: NDArray[np.bool_], start: NDArray[np.int64], sigma:
     """Return the surface of a part of the image; ``start``: the part's first voxel."""
     margin = np.ceil(4 * sigma).astype(int) + 2
     padded = np.pad(mask, [(m, m) for m in margin])
-    vertices, elements = _contour(smooth_level(padded, sigma))
-    vertices = (vertices + (start - margin)) * spacing
+    vertices, elements = _contour(smooth_level(padded, sigma), start - margin, spacing)
     targets = corners = vertices[elements]
     edges = _straight_edges(padded)
     if edges.any():
         size = [2 * int(np.ceil(2 * s)) + 1 for s in sigma]
-        literal, sharp = _contour(padded.astype(np.float32), ndimage.maximum_filter(edges, size=size))
-        targets = np.concatenate([corners, ((literal + (start - margin)) * spacing)[sharp]])
+        near = ndimage.maximum_filter(edges, size=size)
+        literal, sharp = _contour(padded.astype(np.float32), start - margin, spacing, near)
+        targets = np.concatenate([corners, literal[sharp]])
     return Surface(vertices, elements, _areas(corners), targets)
 
 
@@ -154,15 +154,21 @@ def smooth_level(mask: NDArray[np.bool_], sigma: Sequence[float] | Array) -> NDA
     return np.where(mask, np.maximum(smooth, 0.5 + MARGIN), np.minimum(smooth, 0.5 - MARGIN))
 
 
-def _contour(level: NDArray[np.float32], where: NDArray[np.bool_] | None = None) -> tuple[Array, NDArray[np.int64]]:
-    """Return vertices (n, d) in voxels, and elements (m, d) of d vertices each, where the level is 0.5."""
+def _contour(
+    level: NDArray[np.float32], start: NDArray[np.int64], spacing: Array, where: NDArray[np.bool_] | None = None
+) -> tuple[Array, NDArray[np.int64]]:
+    """Return where the level is 0.5: vertices (n, d) in mm, and elements (m, d) of d vertices each.
+
+    ``start``: the first voxel of ``level`` in the image.
+    """
     if level.ndim == 3:
-        vertices, faces, _, _ = marching_cubes(level, 0.5, allow_degenerate=False, mask=where)
-        return vertices.astype(np.float64), faces.astype(np.int64)
-    lines = find_contours(level, 0.5, mask=where)
-    last = np.cumsum([len(line) for line in lines]) - 1
-    starts = np.setdiff1d(np.arange(last[-1]), last)
-    return np.concatenate(lines), np.stack([starts, starts + 1], axis=1)
+        vertices, elements, _, _ = marching_cubes(level, 0.5, allow_degenerate=False, mask=where)
+    else:
+        lines = find_contours(level, 0.5, mask=where)
+        last = np.cumsum([len(line) for line in lines]) - 1
+        starts = np.setdiff1d(np.arange(last[-1]), last)
+        vertices, elements = np.concatenate(lines), np.stack([starts, starts + 1], axis=1)
+    return (vertices.astype(np.float64) + start) * spacing, elements.astype(np.int64)
 
 
 def _straight_edges(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
